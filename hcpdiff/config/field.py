@@ -1,0 +1,41 @@
+"""How a config key is declared: type, default, meaning in two languages, and what values are allowed."""
+
+import dataclasses
+from typing import Any
+
+REQUIRED = dataclasses.MISSING
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """What a schema field says beyond its annotation.
+
+    ge / gt / le / lt bound numbers; `choices` lists the allowed values; `slot` names what a `_target_` mapping in this place must
+    build (see `config.build`); `path` marks text that names a file or folder; `yaml` is the key's spelling in YAML where Python
+    cannot spell it (`_target_`); `aliases` are other spellings that mean the same.
+    """
+
+    doc: str
+    zh: str
+    unit: str | None = None
+    choices: tuple | None = None
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    slot: str | None = None
+    path: bool = False
+    yaml: str | None = None
+    aliases: tuple[str, ...] = ()
+
+
+def key(default: Any = REQUIRED, doc: str = "", zh: str = "", **extra) -> Any:
+    """A dataclass field that is a config key. Mutable defaults (list, dict, a dataclass type) are copied per instance."""
+    metadata = {"key": Key(doc, zh, **extra)}
+    if default is REQUIRED:
+        return dataclasses.field(metadata=metadata, kw_only=True)
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata, kw_only=True)
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata, kw_only=True)
+    return dataclasses.field(default=default, metadata=metadata, kw_only=True)

@@ -1,0 +1,35 @@
+"""Errors that are a user's to mend: one message that names every fault, no traceback, exit code 2."""
+
+from collections.abc import Sequence
+
+
+class HCPError(Exception):
+    """A mistake in what the user gave. `faults` holds one line (or short paragraph) per fault.
+
+    Each fault says which key or file, what it was, what is allowed and what to do.
+    """
+
+    exit_code = 2
+
+    def __init__(self, faults: str | Sequence[str]):
+        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        super().__init__("\n".join(self.faults))
+
+    def __reduce__(self):  # faults survive the trip from a loader worker to the main process
+        return type(self), (self.faults,)
+
+
+class ConfigError(HCPError):
+    """A fault in a config file, in the command line, or in an object that they describe."""
+
+
+class DataError(HCPError):
+    """A fault in images, captions, masks or caches."""
+
+
+class LayerMatchError(ConfigError):
+    """A layer pattern that matches nothing, or a layer that two groups claim."""
+
+
+class CheckpointError(HCPError):
+    """A weight file or a training state that cannot be read, written or understood."""

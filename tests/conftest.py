@@ -1,0 +1,25 @@
+"""Fixtures that several test files share."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+
+def _tiny(tmp_path_factory, version):
+    from tiny import make_tiny_sd
+
+    return make_tiny_sd(tmp_path_factory.mktemp(version) / "model", version)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd1(tmp_path_factory):
+    """Folder of a tiny SD1-shaped model."""
+    return _tiny(tmp_path_factory, "sd1")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2(tmp_path_factory):
+    """Folder of a tiny SD2-shaped model (v-prediction)."""
+    return _tiny(tmp_path_factory, "sd2")
