@@ -1,0 +1,1 @@
+"""Adapters: small trainable changes beside a layer's frozen weight."""

@@ -1,0 +1,83 @@
+"""The one place that answers for the machine: device, compute dtype, attention, threads, memory."""
+
+import os
+
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "no": torch.float32}
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def pick_device(local_rank: int = 0) -> torch.device:
+    """The accelerator of this process (cuda, xpu, mps), else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        return torch.device("xpu", local_rank % torch.xpu.device_count())
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
+    """dtype of frozen weights and activations. auto: bf16 where the GPU has it, else fp16 on a GPU, fp32 on CPU and mps."""
+    if choice != "auto":
+        return DTYPES[choice]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    return torch.bfloat16 if device.type == "xpu" else torch.float32
+
+
+def describe(device: torch.device) -> str:
+    """The device in words: name and memory of a GPU, cores of a CPU."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{device} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)"
+    if device.type == "cpu":
+        return f"cpu ({usable_cores()} cores, {torch.get_num_threads()} threads)"
+    return str(device)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_threads(choice: int | str, processes: int = 1) -> int:
+    """Sets torch's CPU threads: `auto` shares the cores among the processes of this machine (a launcher's OMP_NUM_THREADS=1 is not a wish)."""
+    threads = max(1, usable_cores() // processes) if choice == "auto" else int(choice)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def set_attention(unet: torch.nn.Module, choice: str) -> str:
+    """Chooses the UNet's attention kernel and returns its name; xformers that is not there raises ModuleNotFoundError."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    if choice == "xformers":
+        unet.enable_xformers_memory_efficient_attention()
+        return "xformers"
+    if choice == "eager":
+        unet.set_attn_processor(AttnProcessor())
+        return "eager"
+    return "sdpa"  # diffusers' default processor calls scaled_dot_product_attention
+
+
+def cpu_build_beside_gpu() -> bool:
+    """True when an NVIDIA driver is here but torch was built without CUDA (what plain pip gives on Windows)."""
+    driver = os.path.exists("/proc/driver/nvidia/version") or os.path.exists(os.path.expandvars(r"%SystemRoot%\System32\nvcuda.dll"))
+    return driver and torch.version.cuda is None and torch.version.hip is None
+
+
+def peak_memory(device: torch.device) -> str:
+    """Highest memory use so far: allocated on a GPU, resident of this process on a CPU."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "not measured here"
+    import sys
+
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss is bytes on macOS, KiB on Linux
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.2f} GiB resident"

@@ -1,0 +1,1 @@
+"""What is learnt: the noise process, the target, and the weight of a timestep."""
