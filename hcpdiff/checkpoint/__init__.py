@@ -1,0 +1,1 @@
+"""Weight files: how they are written whole, what they hold, and what other programs call the same things."""

@@ -1,0 +1,147 @@
+"""Files that appear whole or not at all, and safetensors in both directions.
+
+Written by hand rather than through the safetensors package for three reasons: the same tensors and metadata always give the same bytes
+(the package orders metadata by a random hash), tensors are never views of a mapped file (which Windows could not replace), and every fault
+of a damaged or hostile file is named. Its files are read by the package and the other way round.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .safetensors_header import ITEM_BYTES, MAX_HEADER, METADATA, Entry, parse_header, unreadable
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def write_atomic(path: Path | str, write: Callable[[BinaryIO], None], check: Callable[[Path], None] | None = None) -> None:
+    """Makes the file at `path` (and its folder) from what `write` puts into a binary stream; it appears complete or not at all.
+
+    The bytes go to a temporary name in the same folder, are flushed to the disk, shown to `check` (which may raise) and renamed.
+    CheckpointError names the file when it cannot be written; whatever `write` or `check` raise passes through. No temporary file is left.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} cannot be written: it is a folder.")
+    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if check is not None:
+            check(temporary)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {_why(path, error)}.") from error
+    finally:
+        _discard(temporary)
+
+
+def _why(path: Path, error: OSError) -> str:
+    blocking = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
+    return f"{blocking} is a file, not a folder" if blocking else (error.strerror or str(error))
+
+
+def _discard(temporary: Path) -> None:
+    try:
+        temporary.unlink(missing_ok=True)
+    except NotADirectoryError:  # a parent is a file, so nothing was made
+        return
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the rename itself survive a power cut; Windows cannot open folders and does this by itself."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], check: Callable[[Path], None] | None = None) -> None:
+    """Writes a safetensors file by `write_atomic`. Equal input gives equal bytes; views and shared storage are written out in full."""
+    names = _order(tensors)
+    header = _header(tensors, names, metadata, path)
+
+    def write(file: BinaryIO) -> None:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        for name in names:
+            file.write(_bytes(tensors[name]))
+
+    write_atomic(path, write, check)
+
+
+def payload_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) of the bytes that `save_tensors` writes after the header: webui's `sshs_model_hash`."""
+    digest = hashlib.sha256()
+    for name in _order(tensors):
+        digest.update(_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Widest items first, so that every tensor is aligned; then by name."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def _header(tensors: Mapping[str, Tensor], names: list[str], metadata: Mapping[str, str], path: Path | str) -> bytes:
+    wrong = [key for key, value in metadata.items() if not isinstance(key, str) or not isinstance(value, str)]
+    if wrong:
+        raise TypeError(f"metadata of {path} must be text: {wrong}")
+    entries: dict[str, object] = {METADATA: dict(sorted(metadata.items()))} if metadata else {}
+    position = 0
+    for name in names:
+        dtype = _NAMES[tensors[name].dtype]
+        end = position + tensors[name].numel() * ITEM_BYTES[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    if len(raw) > MAX_HEADER:
+        raise CheckpointError(f"{path} cannot be written: its metadata and names take {len(raw)} bytes, {MAX_HEADER} are allowed.")
+    return raw + b" " * (-len(raw) % 8)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+
+
+def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors (on the CPU, owned by the caller) and the metadata of a safetensors file. CheckpointError names what is wrong with it."""
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            header = parse_header(file, path)
+            tensors = {}
+            for name, entry in sorted(header.entries.items(), key=lambda item: item[1].begin):
+                tensors[name] = _tensor(file, entry)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return tensors, header.metadata
+
+
+def _tensor(file: BinaryIO, entry: Entry) -> Tensor:
+    raw = bytearray(entry.end - entry.begin)
+    if not raw:
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    if file.readinto(raw) != len(raw):
+        raise CheckpointError(f"{file.name} became shorter while it was read.")
+    return torch.frombuffer(raw, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
