@@ -33,3 +33,9 @@ class LayerMatchError(ConfigError):
 
 class CheckpointError(HCPError):
     """A weight file or a training state that cannot be read, written or understood."""
+
+
+class NonFiniteError(HCPError):
+    """Training produced NaN or infinity too many times in a row; the last good checkpoint is kept."""
+
+    exit_code = 3

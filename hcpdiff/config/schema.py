@@ -90,6 +90,8 @@ class TrainConfig:
     save_step: int | None = key(100, "Save every this many steps. null: only at the end.", "每多少步保存一次；null 只在结束时保存。", ge=1, unit="steps")
     save_dtype: Literal["fp32", "fp16", "bf16"] = key("fp32", "Number format of the files in ckpts/.", "ckpts/ 中文件的精度。")
     keep_states: int = key(2, "How many of the newest resumable states to keep.", "保留最近几个可恢复的训练状态。", ge=1)
+    max_nonfinite: int = key(10, "Stop (exit code 3) after this many steps in a row with a NaN or infinite loss or gradient; such steps change nothing.",
+                             "连续多少步出现 NaN 或无穷时停止（退出码 3）；这些步不会改变权重。", ge=1, unit="steps")
     log_step: int = key(10, "Log every this many steps.", "每多少步记录一次日志。", ge=1, unit="steps")
     resume: str | None = key(None, "A run folder to go on with, or 'latest' for the newest resumable one below exps/.",
                              "要继续的训练文件夹，或 latest（exps/ 下最新的可恢复训练）。", path=True)

@@ -1,0 +1,145 @@
+"""The contract of a model family: everything that is true of it and of no other, behind functions without state."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part that can be trained: its attribute name, its config key, the stem of its files, its prefix in a webui file."""
+
+    name: str
+    config_key: str
+    file_stem: str
+    webui_prefix: str
+
+
+@dataclass
+class Models:
+    """A loaded base model. `modules` holds what was asked for: unet, text_encoder, vae ...; a part may be let go with `drop`."""
+
+    family: Family
+    folder: Path
+    name: str
+    modules: dict[str, nn.Module]
+    tokenizers: dict[str, Any]
+    scheduler_config: Mapping[str, Any]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def unet(self) -> nn.Module:
+        """The denoiser."""
+        return self.modules["unet"]
+
+    @property
+    def text_encoder(self) -> nn.Module:
+        """The (first) text encoder."""
+        return self.modules["text_encoder"]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The (first) tokenizer."""
+        return self.tokenizers["tokenizer"]
+
+    @property
+    def vae(self) -> nn.Module:
+        """The image autoencoder."""
+        return self.modules["vae"]
+
+    def drop(self, *names: str) -> None:
+        """Lets parts go, so that their memory is free."""
+        for name in names:
+            self.modules.pop(name, None)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of prompts: per tokenizer (B, R, 77) int64, R chunks of BOS + 75 + EOS; `cut` counts what did not fit, per prompt."""
+
+    ids: tuple[Tensor, ...]
+    cut: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts: hidden (B, T, D), and pooled (B, P) where the family has it."""
+
+    hidden: Tensor
+    pooled: Tensor | None = None
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """One batch of several; all of the same T."""
+        pooled = None if parts[0].pooled is None else torch.cat([part.pooled for part in parts])
+        return Conditioning(torch.cat([part.hidden for part in parts]), pooled)
+
+    def to(self, *args, **kwargs) -> Conditioning:
+        """As Tensor.to, for every tensor."""
+        return Conditioning(self.hidden.to(*args, **kwargs), None if self.pooled is None else self.pooled.to(*args, **kwargs))
+
+    def select(self, index: slice | list[int]) -> Conditioning:
+        """Some of the prompts, as a batch."""
+        return Conditioning(self.hidden[index], None if self.pooled is None else self.pooled[index])
+
+
+class Family(Protocol):
+    """What the trainer, the visualizer and the converter ask of a model family. Stateless; state is in Models."""
+
+    name: str
+    vae_factor: int
+    latent_channels: int
+    components: tuple[Component, ...]
+
+    def load(self, folder: Path, name: str, parts: Sequence[str], dtype: torch.dtype, vae: str | None = None, variant: str | None = None) -> Models:
+        """Reads the named parts, frozen and in eval mode, on the CPU in `dtype` (the VAE in fp32)."""
+
+    def aliases(self, component: str, path: str) -> tuple[str, ...]:
+        """The names under which a module of a component may be called in a pattern."""
+
+    def file_path(self, component: str, path: str) -> str:
+        """A module path as files spell it."""
+
+    def posterior(self, models: Models, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels (B,3,H,W) in [-1,1] -> mean, std (B,C,H/f,W/f) of the VAE's posterior, unscaled."""
+
+    def scale_latent(self, models: Models, z: Tensor) -> Tensor:
+        """VAE latents -> what the denoiser works on."""
+
+    def tokenize(self, models: Models, prompts: Sequence[str], repeats: int) -> Tokens:
+        """Prompts -> ids of `repeats` chunks each."""
+
+    def count_tokens(self, models: Models, prompt: str) -> int:
+        """Tokens of a prompt, without BOS and EOS."""
+
+    def encode_text(self, models: Models, tokens: Tokens, clip_skip: int = 0) -> Conditioning:
+        """Token ids -> what the denoiser is conditioned on."""
+
+    def denoise(self, models: Models, x_t: Tensor, t: Tensor, cond: Conditioning, extras: Mapping[str, Tensor]) -> Tensor:
+        """The denoiser's prediction, in x_t's shape; `extras` holds (B,2) original_size, crop_top_left, target_size."""
+
+    def alphas_cumprod(self, models: Models) -> Tensor:
+        """(T,) float32, from the base model's scheduler config."""
+
+    def checkpointing(self, models: Models, component: str) -> None:
+        """Turns gradient checkpointing on."""
+
+    def base_version(self, models: Models) -> str:
+        """What webui calls this base model, such as sd_v1."""
+
+
+def fingerprint(module: nn.Module, whole: bool = False) -> str:
+    """sha256 over names, shapes and values of a module's state (all values, or the first 64 of each tensor)."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        values = tensor.detach().flatten() if whole else tensor.detach().flatten()[:64]
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(values.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,117 @@
+"""Stable Diffusion 1.x and 2.x (arXiv:2112.10752): one CLIP text encoder, a UNet on 8x smaller latents of 4 channels."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import clip_text
+from .base import Component, Conditioning, Models, Tokens
+from .source import check_complete, load_whole
+
+
+class StableDiffusion:
+    """The family of StableDiffusionPipeline."""
+
+    name = "sd"
+    pipeline = "StableDiffusionPipeline"
+    vae_factor = 8
+    latent_channels = 4
+    components = (
+        Component("unet", "lora_unet", "unet", "lora_unet"),
+        Component("text_encoder", "lora_text_encoder", "text_encoder", "lora_te"),
+    )
+
+    def load(self, folder: Path, name: str, parts: Sequence[str] = ("unet", "text_encoder", "vae"), dtype: torch.dtype = torch.float32,
+             vae: str | None = None, variant: str | None = None) -> Models:
+        """Reads the named parts and the tokenizer, frozen and in eval mode, on the CPU in `dtype` (the VAE in fp32)."""
+        from transformers import CLIPTokenizer
+
+        needed = [part for part in parts if not (part == "vae" and vae)]
+        check_complete(folder, [*needed, "tokenizer", "scheduler"])
+        modules = {part: self._load_part(folder, part, dtype, vae, variant) for part in parts}
+        for module in modules.values():
+            module.requires_grad_(False).eval()
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        models = Models(self, folder, name, modules, {"tokenizer": tokenizer}, self._scheduler_config(folder))
+        if "vae" in modules:  # what latents need of the VAE outlives it
+            models.extra["latent_scale"] = models.vae.config.scaling_factor
+            models.extra["latent_shift"] = getattr(models.vae.config, "shift_factor", None) or 0.0
+        return models
+
+    def _load_part(self, folder: Path, part: str, dtype: torch.dtype, vae: str | None, variant: str | None) -> torch.nn.Module:
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from transformers import CLIPTextModel
+
+        kind = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}[part]
+        own_vae = part == "vae" and vae
+        place = folder / part
+        if own_vae:
+            place = Path(vae) / "vae" if (Path(vae) / "vae").is_dir() else Path(vae) if Path(vae).is_dir() else vae
+        options = {"dtype" if part == "text_encoder" else "torch_dtype": torch.float32 if part == "vae" else dtype}
+        if variant is not None and not own_vae:
+            options["variant"] = variant
+        return load_whole(kind, place, "model.vae" if own_vae else "model.pretrained_model_name_or_path", options)
+
+    def _scheduler_config(self, folder: Path) -> dict:
+        from diffusers import DDPMScheduler
+
+        return dict(DDPMScheduler.load_config(folder / "scheduler"))
+
+    def aliases(self, component: str, path: str) -> tuple[str, ...]:
+        """Text-encoder modules are known with and without `text_model.`."""
+        if component != "text_encoder":
+            return (path,)
+        return (path.removeprefix("text_model."), "text_model." + path.removeprefix("text_model."))
+
+    def file_path(self, component: str, path: str) -> str:
+        """A module path as files spell it: text encoders with `text_model.`."""
+        return path if component == "unet" else "text_model." + path.removeprefix("text_model.")
+
+    def posterior(self, models: Models, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels (B,3,H,W) in [-1,1] -> mean, std (B,4,H/8,W/8) of the VAE's posterior, unscaled."""
+        distribution = models.vae.encode(pixels).latent_dist
+        return distribution.mean, distribution.std
+
+    def scale_latent(self, models: Models, z: Tensor) -> Tensor:
+        """(z - shift) * scaling_factor, as the VAE's config says."""
+        return (z - models.extra["latent_shift"]) * models.extra["latent_scale"]
+
+    def tokenize(self, models: Models, prompts: Sequence[str], repeats: int) -> Tokens:
+        """Prompts -> ids of `repeats` chunks each."""
+        ids, cut = clip_text.tokenize(models.tokenizer, prompts, repeats)
+        return Tokens((ids,), cut)
+
+    def count_tokens(self, models: Models, prompt: str) -> int:
+        """Tokens of a prompt, without BOS and EOS."""
+        return len(clip_text.token_ids(models.tokenizer, prompt))
+
+    def encode_text(self, models: Models, tokens: Tokens, clip_skip: int = 0) -> Conditioning:
+        """Token ids (B,R,77) -> hidden (B, R*77, D)."""
+        device = next(models.text_encoder.parameters()).device
+        return Conditioning(clip_text.encode_chunks(models.text_encoder, tokens.ids[0].to(device), clip_skip))
+
+    def denoise(self, models: Models, x_t: Tensor, t: Tensor, cond: Conditioning, extras: Mapping[str, Tensor]) -> Tensor:
+        """The UNet's prediction (B,4,h,w)."""
+        return models.unet(x_t, t, encoder_hidden_states=cond.hidden, return_dict=False)[0]
+
+    def alphas_cumprod(self, models: Models) -> Tensor:
+        """(T,) float32, zero terminal SNR included where the config asks for it."""
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler.from_config(models.scheduler_config).alphas_cumprod
+
+    def checkpointing(self, models: Models, component: str) -> None:
+        """Turns gradient checkpointing on for the UNet or the text encoder."""
+        module = models.modules[component]
+        if component == "unet":
+            module.enable_gradient_checkpointing()
+        else:
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def base_version(self, models: Models) -> str:
+        """sd_v1, sd_v2 or sd_v2_v (v-prediction), as kohya's metadata names them."""
+        if not models.unet.config.use_linear_projection:
+            return "sd_v1"
+        return "sd_v2_v" if models.scheduler_config.get("prediction_type") == "v_prediction" else "sd_v2"

@@ -1,0 +1,116 @@
+"""From what a user names (a folder, a hub id) to a complete local folder, or an error that says what to do."""
+
+import difflib
+import json
+from pathlib import Path
+
+from ..errors import ConfigError
+
+# Withdrawn from the hub in 2024; the same weights live on under the second name.
+MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+
+
+def resolve(source: str, revision: str | None = None, variant: str | None = None, key: str = "model.pretrained_model_name_or_path") -> tuple[Path, list[str]]:
+    """The local folder of a base model, and notices for the log. Downloads a hub id once, into the hub's own cache."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder, []
+    if folder.is_file():
+        raise ConfigError(f"{key} = {source!r} is a file; a diffusers folder or a hub id is needed. Convert a single-file checkpoint with diffusers' "
+                          f"StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER).")
+    if _looks_local(source):
+        raise ConfigError(f"{key} = {source!r}: there is no such folder.{_near(folder)} It takes a diffusers folder or a hub id (name/name).")
+    return _from_hub(source, revision, variant, key)
+
+
+def _looks_local(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or "\\" in source or source.count("/") != 1 or source.endswith("/") or Path(source).parent.is_dir()
+
+
+def _near(folder: Path) -> str:
+    if not folder.parent.is_dir():
+        return ""
+    names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+    near = difflib.get_close_matches(folder.name, names, n=3, cutoff=0.4)
+    return f" Nearest: {', '.join(str(folder.parent / name) for name in near)}." if near else ""
+
+
+def _from_hub(source: str, revision: str | None, variant: str | None, key: str) -> tuple[Path, list[str]]:
+    try:
+        return _download(source, revision, variant, local_only=True), []
+    except OSError:
+        pass  # not in the cache: ask the hub
+    moved = MOVED.get(source, source)
+    notices = [] if moved == source else [f"{source} was withdrawn from the hub; taking {moved}, the same weights."]
+    try:
+        return _download(moved, revision, variant, local_only=False), notices
+    except OSError as error:  # every error of the hub client is one
+        raise ConfigError(f"{key} = {source!r}: {_hub_reason(error)}") from error
+
+
+def _download(source: str, revision: str | None, variant: str | None, local_only: bool) -> Path:
+    from diffusers import DiffusionPipeline
+
+    return Path(DiffusionPipeline.download(source, revision=revision, variant=variant, local_files_only=local_only))
+
+
+def _hub_reason(error: Exception) -> str:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "the hub asks for a licence to be accepted first: accept it on the model's page, then `huggingface-cli login`."
+    if isinstance(error, RevisionNotFoundError):
+        return "the hub has the model, but not this revision."
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub has no such model (withdrawn, private, or misspelt). Name a local folder or another id."
+    return (f"not a local folder, not in the local cache, and the hub cannot be reached ({type(error).__name__}). Name a local diffusers folder, or set "
+            f"HF_ENDPOINT to a mirror (for example https://hf-mirror.com) and try again.")
+
+
+def read_index(folder: Path, key: str = "model.pretrained_model_name_or_path") -> dict:
+    """model_index.json of a diffusers folder."""
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise ConfigError(f"{key} = {str(folder)!r} has no model_index.json, so it is no diffusers model. It holds: "
+                          f"{', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}.") from error
+
+
+def check_complete(folder: Path, parts: list[str], key: str = "model.pretrained_model_name_or_path") -> None:
+    """Raises ConfigError that names every missing piece of the parts: config, weights, tokenizer files."""
+    faults = [fault for part in parts for fault in _missing(folder, part)]
+    if faults:
+        raise ConfigError([f"{key} = {str(folder)!r} is incomplete:"] + faults)
+
+
+def _missing(folder: Path, part: str) -> list[str]:
+    place = folder / part
+    if not place.is_dir():
+        return [f"  there is no folder {part}/."]
+    if part == "scheduler":
+        return [] if (place / "scheduler_config.json").is_file() else ["  scheduler/ has no scheduler_config.json."]
+    if part.startswith("tokenizer"):
+        known = (place / "vocab.json").is_file() and (place / "merges.txt").is_file() or (place / "tokenizer.json").is_file()
+        return [] if known else [f"  {part}/ has neither vocab.json + merges.txt nor tokenizer.json."]
+    faults = [] if (place / "config.json").is_file() else [f"  {part}/ has no config.json."]
+    if not any(next(place.glob(pattern), None) for pattern in WEIGHTS):
+        faults.append(f"  {part}/ has no weights (.safetensors or .bin).")
+    return faults
+
+
+def load_whole(kind: type, place: Path | str, key: str, options: dict):
+    """`kind.from_pretrained(place)`, refused where the files do not hold every weight (the libraries would draw random ones)."""
+    try:
+        module, info = kind.from_pretrained(place, output_loading_info=True, **options)
+    except Exception as error:  # loaders raise whatever a damaged file makes of them; the user needs the file's name
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(f"{key}: {place} cannot be loaded as {kind.__name__}: {reason[0]}") from error
+    faults = [f"{len(info[name])} weights {what}, such as {sorted(map(str, info[name]))[0]}"
+              for name, what in (("missing_keys", "are missing"), ("mismatched_keys", "have another shape")) if info.get(name)]
+    if faults:
+        raise ConfigError(f"{key}: {place} is not a whole {kind.__name__}: {'; '.join(faults)}.")
+    return module

@@ -1,0 +1,65 @@
+"""Progress on the terminal: a live bar where there is one, a line per interval where output goes to a file."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .base import Logger
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 02:03."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute:02}:{second:02}"
+
+
+def progress_line(step: int, total: int, values: Mapping[str, float]) -> str:
+    """`step 20/100  loss 0.1234  lr 6.00e-04  1.52 steps/s  left 00:53`."""
+    parts = [f"step {step}/{total}"]
+    parts += [f"{name} {value:.2e}" if name.startswith("lr") else f"{name} {value:.4f}" for name, value in values.items() if name not in ("speed", "left", "epoch")]
+    if "epoch" in values:
+        parts.insert(1, f"epoch {values['epoch']:.2f}")
+    return "  ".join([*parts, f"{values['speed']:.2f} steps/s", f"left {duration(values['left'])}"])
+
+
+class ConsoleLogger(Logger):
+    """Tables, lines and a progress bar on standard output."""
+
+    def __init__(self):
+        from rich.console import Console
+
+        width = None if sys.stdout.isatty() else 150  # a log file has no width of its own
+        self.console = Console(width=width, soft_wrap=False, legacy_windows=False)
+        self.bar, self.total = None, 0
+
+    def open(self, folder: Path, first_step: int, total_steps: int) -> None:
+        self.total = total_steps
+        if not self.console.is_terminal:
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self.bar = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
+                            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console)
+        self.task = self.bar.add_task("training", total=total_steps, completed=first_step, status="")
+        self.bar.start()
+
+    def say(self, renderable: Any) -> None:
+        self.console.print(renderable, markup=False, highlight=False) if isinstance(renderable, str) else self.console.print(renderable)
+
+    def advance(self, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step)
+
+    def progress(self, step: int, values: Mapping[str, float]) -> None:
+        line = progress_line(step, self.total, values)
+        if self.bar is None:
+            self.say(line)
+        else:
+            self.bar.update(self.task, status="  ".join(line.split("  ")[1:-1]))
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

@@ -1,0 +1,1 @@
+"""The training run: wiring, the loop, the optimizer, processes, hooks."""
