@@ -21,6 +21,7 @@ class WebuiFamily:
 
     name: str
     title: str
+    version_stem: str
     plan: UnetPlan
     ldm_names: bool
     prefixes: Mapping[str, str]
@@ -49,10 +50,10 @@ def _loose_modules(plan: UnetPlan):
 
 SD_PREFIXES = {UNET: "lora_unet", TEXT: "lora_te"}
 FAMILIES = (
-    WebuiFamily("sd1", "Stable Diffusion 1.x", SD1, False, SD_PREFIXES, {"sd_v1": "stable-diffusion-v1/lora"}, 768, {TEXT: 768}, extra={"ss_v2": "False"}),
-    WebuiFamily("sd2", "Stable Diffusion 2.x", SD2, False, SD_PREFIXES,
+    WebuiFamily("sd1", "Stable Diffusion 1.x", "sd_v1", SD1, False, SD_PREFIXES, {"sd_v1": "stable-diffusion-v1/lora"}, 768, {TEXT: 768}, extra={"ss_v2": "False"}),
+    WebuiFamily("sd2", "Stable Diffusion 2.x", "sd_v2", SD2, False, SD_PREFIXES,
                 {"sd_v2": "stable-diffusion-v2-512/lora", "sd_v2_v": "stable-diffusion-v2-768-v/lora"}, 1024, {TEXT: 1024}, fused=(TEXT,), extra={"ss_v2": "True"}),
-    WebuiFamily("sdxl", "Stable Diffusion XL", SDXL, True, {UNET: "lora_unet", TEXT: "lora_te1", TEXT_2: "lora_te2"},
+    WebuiFamily("sdxl", "Stable Diffusion XL", "sdxl", SDXL, True, {UNET: "lora_unet", TEXT: "lora_te1", TEXT_2: "lora_te2"},
                 {"sdxl_base_v1-0": "stable-diffusion-xl-v1-base/lora"}, 2048, {TEXT: 768, TEXT_2: 1280}, fused=(TEXT_2,), extra={"ss_v2": "False"}),
 )
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -61,7 +62,7 @@ PREFIXES = {"lora_unet_": UNET, "lora_te_": TEXT, "lora_te1_": TEXT, "lora_te2_"
 
 def by_version(version: str | None) -> WebuiFamily | None:
     """The family that a base model version (`sd_v1`, `sdxl_base_v1-0` ...) belongs to; None for others."""
-    return next((family for family in FAMILIES if version in family.versions or (version or "").startswith(f"{family.name}_")), None)
+    return next((family for family in FAMILIES if (version or "").startswith(family.version_stem)), None)
 
 
 def possible(paths: Mapping[str, Iterable[str]], shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> list[WebuiFamily]:

@@ -1,0 +1,84 @@
+"""LoRA files: ours written and read, everybody else's read.
+
+Ours holds one component: `<module path>.lora_down.weight`, `.lora_up.weight`, `.alpha` (alpha itself; the effective scale is alpha / rank),
+with diffusers' module paths, text encoders with `text_model.`, and the header metadata below.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..families.unet_names import text_path
+from ..lora_tensors import LoraTensors
+from .io import read_tensors, save_tensors
+from .lora_parse import StoredLora, parse
+
+FORMAT = "1"  # number of the format that save_lora writes; raised when a reader of the old one would be wrong
+META_FORMAT = "hcpdiff.format"
+META_COMPONENT = "hcpdiff.component"  # unet, text_encoder, text_encoder_2
+META_BASE_VERSION = "hcpdiff.base_version"  # sd_v1, sd_v2, sd_v2_v, sdxl_base_v1-0: the base model as webui names it
+META_BASE_MODEL = "hcpdiff.base_model"  # its name: a hub id, or the last part of a folder's path
+META_STEP = "hcpdiff.step"
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA file as read: component -> module path -> tensors; the header's metadata; the spelling it was in; what a user should be told."""
+
+    layers: dict[str, dict[str, LoraTensors]]
+    metadata: dict[str, str]
+    spelling: str
+    notices: tuple[str, ...] = field(default=())
+
+    @property
+    def count(self) -> int:
+        """Number of layers of all components."""
+        return sum(map(len, self.layers.values()))
+
+
+def save_lora(path: Path | str, layers: Mapping[str, LoraTensors], metadata: Mapping[str, str], check=None) -> None:
+    """Writes one component's LoRA as a file of ours, whole or not at all. `metadata` names the component (META_COMPONENT); the format number is added."""
+    component = metadata.get(META_COMPONENT) or _component_of(layers)
+    save_tensors(path, tensors_of(layers, component), {**metadata, META_FORMAT: FORMAT, META_COMPONENT: component}, check)
+
+
+def tensors_of(layers: Mapping[str, LoraTensors], component: str) -> dict[str, Tensor]:
+    """The tensors of a file of ours, by key."""
+    tensors = {}
+    for path, lora in layers.items():
+        base = path if component == "unet" else text_path(path)
+        tensors.update({f"{base}.lora_down.weight": lora.down, f"{base}.lora_up.weight": lora.up, f"{base}.alpha": alpha_tensor(lora)})
+    return tensors
+
+
+def alpha_tensor(lora: LoraTensors) -> Tensor:
+    """Alpha as a file holds it: the very tensor that was read where there was one, else a float32 scalar."""
+    stored = lora.alpha_tensor if isinstance(lora, StoredLora) else None
+    return stored if stored is not None and float(stored) == lora.alpha else torch.tensor(lora.alpha, dtype=torch.float32)
+
+
+def _component_of(layers: Mapping[str, LoraTensors]) -> str:
+    return "text_encoder" if all(text_path(path).startswith("text_model.") for path in layers) and layers else "unet"
+
+
+def load_lora(path: Path | str) -> LoraFile:
+    """Reads a LoRA file in any spelling: ours, webui/kohya (diffusers and LDM names), PEFT, old diffusers, `lycoris_`, the ancestor's.
+
+    Module paths come back in diffusers' spelling, text encoders with `text_model.`; alpha is what makes alpha / rank the effective scale.
+    Tucker factors (`lora_mid`) are folded into `down`, exactly. CheckpointError names all that is not understood: foreign keys, DoRA, LoHa,
+    LoKr, full differences, half pairs, shapes that do not fit each other, values that are not finite, empty tensors.
+    """
+    path = Path(path)
+    tensors, metadata = read_tensors(path)
+    number = metadata.get(META_FORMAT, FORMAT)
+    if number != FORMAT:
+        raise CheckpointError(f"{path} is in format {number[:40]!r} of hcpdiff; this version reads format {FORMAT}. Update hcpdiff.")
+    component = metadata.get(META_COMPONENT)
+    if component is not None and component not in ("unet", "text_encoder", "text_encoder_2"):
+        raise CheckpointError(f"{path} is for the component {component[:40]!r}, which this version of hcpdiff does not know.")
+    layers, spelling, notices = parse(tensors, metadata, component, path)
+    return LoraFile(layers, metadata, spelling, tuple(notices))
