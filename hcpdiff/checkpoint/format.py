@@ -4,7 +4,7 @@ Ours holds one component: `<module path>.lora_down.weight`, `.lora_up.weight`, `
 with diffusers' module paths, text encoders with `text_model.`, and the header metadata below.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,11 +18,13 @@ from .io import read_tensors, save_tensors
 from .lora_parse import StoredLora, parse
 
 FORMAT = "1"  # number of the format that save_lora writes; raised when a reader of the old one would be wrong
-META_FORMAT = "hcpdiff.format"
-META_COMPONENT = "hcpdiff.component"  # unet, text_encoder, text_encoder_2
-META_BASE_VERSION = "hcpdiff.base_version"  # sd_v1, sd_v2, sd_v2_v, sdxl_base_v1-0: the base model as webui names it
-META_BASE_MODEL = "hcpdiff.base_model"  # its name: a hub id, or the last part of a folder's path
-META_STEP = "hcpdiff.step"
+META_PREFIX = "hcpdiff."  # of every metadata key of ours; save_lora adds it to plain names
+META_FORMAT = META_PREFIX + "format"
+META_COMPONENT = META_PREFIX + "component"  # unet, text_encoder, text_encoder_2
+META_BASE_VERSION = META_PREFIX + "base_version"  # Family.base_version: sd_v1, sd_v2, sd_v2_v ..., as webui names base models
+META_BASE_MODEL = META_PREFIX + "base_model"  # its name: a hub id, or the last part of a folder's path
+META_STEP = META_PREFIX + "step"
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,17 @@ class LoraFile:
         return sum(map(len, self.layers.values()))
 
 
-def save_lora(path: Path | str, layers: Mapping[str, LoraTensors], metadata: Mapping[str, str], check=None) -> None:
-    """Writes one component's LoRA as a file of ours, whole or not at all. `metadata` names the component (META_COMPONENT); the format number is added."""
-    component = metadata.get(META_COMPONENT) or _component_of(layers)
-    save_tensors(path, tensors_of(layers, component), {**metadata, META_FORMAT: FORMAT, META_COMPONENT: component}, check)
+def save_lora(path: Path | str, layers: Mapping[str, LoraTensors], metadata: Mapping[str, str], *, dtype: torch.dtype | None = None,
+              check: Callable[[Path], None] | None = None) -> None:
+    """Writes one component's LoRA as a file of ours, whole or not at all.
+
+    `metadata` says the component and whatever else is true of the file; plain names (`step`) become `hcpdiff.step`, so that they meet no
+    other program's. The format number is added. `dtype` is what the factors are stored in (None: as they are); alpha stays float32.
+    """
+    named = {key if "." in key or key.startswith("ss_") else META_PREFIX + key: value for key, value in metadata.items()}
+    component = named.get(META_COMPONENT) or _component_of(layers)
+    tensors = {key: value if dtype is None or key.endswith(".alpha") else value.to(dtype) for key, value in tensors_of(layers, component).items()}
+    save_tensors(path, tensors, {**named, META_FORMAT: FORMAT, META_COMPONENT: component}, check)
 
 
 def tensors_of(layers: Mapping[str, LoraTensors], component: str) -> dict[str, Tensor]:
@@ -78,7 +87,7 @@ def load_lora(path: Path | str) -> LoraFile:
     if number != FORMAT:
         raise CheckpointError(f"{path} is in format {number[:40]!r} of hcpdiff; this version reads format {FORMAT}. Update hcpdiff.")
     component = metadata.get(META_COMPONENT)
-    if component is not None and component not in ("unet", "text_encoder", "text_encoder_2"):
+    if component is not None and component not in COMPONENTS:
         raise CheckpointError(f"{path} is for the component {component[:40]!r}, which this version of hcpdiff does not know.")
     layers, spelling, notices = parse(tensors, metadata, component, path)
     return LoraFile(layers, metadata, spelling, tuple(notices))

@@ -31,7 +31,8 @@ _OTHERS = [(re.compile(pattern), why) for pattern, why in (
 )]
 _ANCESTOR = re.compile(r"(?:(?P<group>[^:]+):)?(?P<path>.+?)\.___\.(?P<part>.+)")
 _ANCESTOR_PARTS = {"layer.W_down": DOWN, "layer.W_up": UP, "layer.lora_down.weight": DOWN, "layer.lora_up.weight": UP, "alpha": ALPHA}
-_COMPONENTS = {"unet.": UNET, "denoiser.": UNET, "text_encoder.": TEXT, "text_encoder_2.": TEXT_2, "TE.": TEXT}
+_COMPONENTS = {"unet.": UNET, "denoiser.": UNET, "text_encoder.": TEXT, "text_encoder_2.": TEXT_2, "TE.": TEXT,
+               "clip_L.": TEXT, "clip_B.": TEXT, "clip_bigG.": TEXT_2, "base_model.model.": None}  # clip_*: the ancestor's SDXL
 _OLD_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
@@ -82,14 +83,10 @@ def _place(stem: str, part: str, spelling: str | None, component: str | None) ->
             return Key(*named[:2], part, named[2])
         if stem.startswith((*PREFIXES, "lora_", "lycoris_")):
             raise NotLora("no layer of Stable Diffusion 1.x, 2.x or XL has this name")
-    path = stem
-    while path.startswith("base_model.model."):
-        path, spelling = path.removeprefix("base_model.model."), PEFT
-    old = re.fullmatch(r"(.+?)(?:\.processor)?\.(to_q|to_k|to_v|to_out)", path) if spelling == OLD_DIFFUSERS else None
-    found, path = _split_component(path, component)
-    if old:
+    found, path = _split_component(stem, component)
+    if spelling == OLD_DIFFUSERS and path.endswith((".to_q", ".to_k", ".to_v", ".to_out")):
         path = _old_projection(path)
-    return Key(found, path.removeprefix("base_model.model."), part, spelling or OURS)
+    return Key(found, path, part, spelling or (PEFT if "base_model.model." in stem else OURS))
 
 
 def _old_projection(path: str) -> str:
@@ -101,12 +98,8 @@ def _old_projection(path: str) -> str:
 
 
 def _split_component(path: str, component: str | None) -> tuple[str, str]:
-    for prefix, named in _COMPONENTS.items():
-        if path.startswith(prefix):
-            component, path = named, path.removeprefix(prefix)
-            break
-    while path.startswith("base_model.model."):
-        path = path.removeprefix("base_model.model.")
+    while prefix := next((prefix for prefix in _COMPONENTS if path.startswith(prefix)), None):
+        component, path = _COMPONENTS[prefix] or component, path.removeprefix(prefix)
     path = text_path(path) if component != UNET else path
     return component or (TEXT if path.startswith("text_model.") or path == "text_projection" else UNET), path
 

@@ -3,10 +3,10 @@
 Sources: the network loaders of AUTOMATIC1111 1.10 and ComfyUI 0.3, and the metadata that sd-scripts writes.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .unet_names import ANY, SD1, SD2, SDXL, UnetPlan, known_text_path, unet_modules
+from .unet_names import ANY, SD1, SD2, SDXL, Kind, Module, UnetPlan, known_text_path, unet_modules
 
 UNET, TEXT, TEXT_2 = "unet", "text_encoder", "text_encoder_2"
 
@@ -42,8 +42,21 @@ class WebuiFamily:
             return None
         return f"{self.prefixes[component]}_{(module.ldm if self.ldm_names else path).replace('.', '_')}"
 
+    def kind(self, component: str, path: str) -> Kind:
+        """Linear or which convolution a known layer is."""
+        return _loose_modules(self.plan)[path].kind if component == UNET else "linear"
 
-def _loose_modules(plan: UnetPlan):
+    @property
+    def version(self) -> str:
+        """The base model version to write when only the family is known."""
+        return next(iter(self.versions))
+
+    def architecture(self, version: str) -> str:
+        """`modelspec.architecture` for a base model version."""
+        return self.versions.get(version, self.versions[self.version])
+
+
+def _loose_modules(plan: UnetPlan) -> dict[str, Module]:
     """The plan's modules, with a shortcut wherever another choice of widths would have one (shrunken models)."""
     return unet_modules(UnetPlan(plan.down, plan.mid, plan.up, ANY.widths[: len(plan.down)], plan.linear_proj, plan.added))
 
@@ -57,17 +70,13 @@ FAMILIES = (
                 {"sdxl_base_v1-0": "stable-diffusion-xl-v1-base/lora"}, 2048, {TEXT: 768, TEXT_2: 1280}, fused=(TEXT_2,), extra={"ss_v2": "False"}),
 )
 BY_NAME = {family.name: family for family in FAMILIES}
+V_PREDICTION = ("sd_v2_v",)  # versions of base models that predict v
 PREFIXES = {"lora_unet_": UNET, "lora_te_": TEXT, "lora_te1_": TEXT, "lora_te2_": TEXT_2}
 
 
 def by_version(version: str | None) -> WebuiFamily | None:
     """The family that a base model version (`sd_v1`, `sdxl_base_v1-0` ...) belongs to; None for others."""
     return next((family for family in FAMILIES if (version or "").startswith(family.version_stem)), None)
-
-
-def possible(paths: Mapping[str, Iterable[str]], shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> list[WebuiFamily]:
-    """The families that layers of these names and down-factor shapes can belong to (component -> path -> shape), in order of age."""
-    return [family for family in FAMILIES if all(_may(family, c, p, shapes[c][p]) for c, names in paths.items() for p in names)]
 
 
 def fits_released(family: WebuiFamily, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> bool:
@@ -78,9 +87,6 @@ def fits_released(family: WebuiFamily, shapes: Mapping[str, Mapping[str, tuple[i
     return bool(inputs) and all(expected == found for expected, found in inputs)
 
 
-def _may(family: WebuiFamily, component: str, path: str, shape: tuple[int, ...]) -> bool:
-    if family.webui_base(component, path) is None:
-        return False
-    if component == UNET and path.endswith((".proj_in", ".proj_out")):
-        return (len(shape) == 4) != family.plan.linear_proj
-    return True
+def fits_projections(family: WebuiFamily, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> bool:
+    """Whether factors of proj_in and proj_out are those of a convolution or of a Linear, as the family has them."""
+    return all((len(shape) == 4) != family.plan.linear_proj for path, shape in shapes.get(UNET, {}).items() if path.endswith((".proj_in", ".proj_out")))

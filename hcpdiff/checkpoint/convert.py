@@ -1,0 +1,183 @@
+"""LoRA between our files and webui's: pure functions of tensors, and the proof that nothing changed on the way."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..families import webui
+from ..families.webui import WebuiFamily
+from ..lora_tensors import LoraTensors
+from .format import META_BASE_VERSION, LoraFile, alpha_tensor
+from .lora_parse import StoredLora
+
+Layers = Mapping[str, Mapping[str, LoraTensors]]  # component -> module path -> tensors
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# relative error of a delta whose factors were rounded to this dtype: two factors, unit roundoff each, and some room
+_TOLERANCE = {torch.float16: 4 * 2.0**-11, torch.bfloat16: 4 * 2.0**-8}
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The family that a LoRA is for, its base model's version as webui names it (None when open), and how that is known."""
+
+    family: WebuiFamily
+    version: str | None
+    how: str
+
+
+@dataclass(frozen=True)
+class WebuiLora:
+    """A webui file's tensors by key; the layers in them; attention layers that were added with no effect, since webui wants all four."""
+
+    tensors: dict[str, Tensor]
+    layers: dict[str, dict[str, LoraTensors]]
+    completed: list[str] = field(default_factory=list)
+
+
+def find_family(layers: Layers, metadata: Mapping[str, str], told: str | None = None, ldm_names: bool = False) -> Found:
+    """Which Stable Diffusion the layers belong to. `told` is the user's word ('sd1', 'sd2', 'sdxl'); what contradicts the layers is a CheckpointError."""
+    shapes = {component: {path: tuple(t.down.shape) for path, t in named.items()} for component, named in layers.items()}
+    fitting = [family for family in webui.FAMILIES if not _foreign(layers, family)]
+    if not fitting:
+        raise CheckpointError(_no_family(layers))
+    by_width = [family for family in fitting if webui.fits_released(family, shapes)]
+    said = metadata.get(META_BASE_VERSION) or metadata.get("ss_base_model_version")
+    if told:
+        family = webui.BY_NAME[told]
+        if family not in fitting or (by_width and family not in by_width):
+            other = (by_width or fitting)[0]
+            raise CheckpointError(f"{family.title} was asked for, but names and widths of these layers are those of {other.title}.")
+        return Found(family, said if webui.by_version(said) is family else family.version, "as told")
+    named = webui.by_version(said)
+    if named in fitting:
+        return Found(named, said if said in named.versions else named.version, "from the file's metadata")
+    narrowed = by_width or [f for f in fitting if webui.fits_projections(f, shapes)] or fitting
+    narrowed = [f for f in narrowed if f.ldm_names] or narrowed if ldm_names else narrowed
+    family = narrowed[0]
+    if len(narrowed) > 1:
+        return Found(family, None, f"not settled by names or widths ({', '.join(f.name for f in narrowed)} are possible); --family says it")
+    return Found(family, family.version, "from its layers' widths" if by_width else "from its layers' names")
+
+
+def _foreign(layers: Layers, family: WebuiFamily) -> list[str]:
+    return [f"{component} {path}" for component, named in layers.items() for path in named if family.webui_base(component, path) is None]
+
+
+def _no_family(layers: Layers) -> str:
+    closest = min(webui.FAMILIES, key=lambda family: len(_foreign(layers, family)))
+    foreign, total = _foreign(layers, closest), sum(map(len, layers.values()))
+    return (f"{len(foreign)} of {total} layers have names that {closest.title}, the nearest family, does not have: {', '.join(foreign[:3])}"
+            f"{' …' if len(foreign) > 3 else ''}. webui would pass over them.")
+
+
+def to_webui(layers: Layers, family: WebuiFamily, dtype: torch.dtype | None = None) -> WebuiLora:
+    """The tensors of a webui file. alpha / rank is each layer's effective scale; factors keep their dtype unless `dtype` is given.
+
+    1x1 convolutions are written 4-D (diffusers needs it). Where webui uses a text encoder's attention only with q, k, v and out_proj all
+    there (open_clip's encoders), missing ones are added with zero effect.
+    """
+    tensors, written, completed = {}, {}, []
+    for component, named in layers.items():
+        named, added = _complete(named) if component in family.fused else (named, [])
+        completed += [f"{component} {path}" for path in added]
+        for path, lora in named.items():
+            lora = _shaped(cast(lora, dtype), family, component, path)
+            base = family.webui_base(component, path)
+            tensors.update({f"{base}.lora_down.weight": lora.down, f"{base}.lora_up.weight": lora.up, f"{base}.alpha": alpha_tensor(lora)})
+            written.setdefault(component, {})[path] = lora
+    return WebuiLora(tensors, written, completed)
+
+
+def cast(lora: LoraTensors, dtype: torch.dtype | None) -> LoraTensors:
+    """Factors (and alpha, where it stays exact) in `dtype`; None changes nothing."""
+    if dtype is None or lora.down.dtype == lora.up.dtype == dtype:
+        return lora
+    alpha = torch.tensor(lora.alpha, dtype=dtype)
+    return StoredLora(lora.down.to(dtype), lora.up.to(dtype), lora.alpha, alpha if float(alpha) == lora.alpha else None)
+
+
+def _complete(named: Mapping[str, LoraTensors]) -> tuple[dict[str, LoraTensors], list[str]]:
+    layers, added = dict(named), []
+    for parent in dict.fromkeys(path.rsplit(".", 1)[0] for path in named if path.endswith(_ATTENTION)):
+        present = next(named[f"{parent}.{name}"] for name in _ATTENTION if f"{parent}.{name}" in named)
+        for name in _ATTENTION:
+            if f"{parent}.{name}" not in layers:
+                width = present.down.shape[1]
+                layers[f"{parent}.{name}"] = LoraTensors(present.down.new_zeros(1, width), present.up.new_zeros(width, 1), 1.0)
+                added.append(f"{parent}.{name}")
+    return layers, added
+
+
+def _shaped(lora: LoraTensors, family: WebuiFamily, component: str, path: str) -> LoraTensors:
+    """Factors in the number of dimensions that the layer has; CheckpointError where the kernel is another."""
+    kind = family.kind(component, path)
+    kernel = tuple(lora.down.shape[2:])
+    if kind == "conv1" and kernel == ():
+        return replace(lora, down=lora.down[..., None, None], up=lora.up[..., None, None])
+    if kind == "linear" and kernel == (1, 1):
+        return replace(lora, down=lora.down[..., 0, 0], up=lora.up[..., 0, 0])
+    if kernel not in {"linear": [()], "conv1": [(1, 1)], "conv3": [(3, 3), (1, 1)]}[kind]:
+        raise CheckpointError(f"{component} {path}: factors with a kernel of {kernel or 'no size'} do not fit this layer ({kind}).")
+    return lora
+
+
+def faults_of(layers: Layers, before: Layers, dtype: torch.dtype | None = None) -> list[str]:
+    """What differs between two sets of LoRA: layers missing or added (with an effect), and weight deltas that are not equal. Empty: all is well."""
+    faults = []
+    for component in {**before, **layers}:
+        old, new = before.get(component, {}), layers.get(component, {})
+        faults += [f"{component} {path} is missing" for path in old if path not in new]
+        faults += [f"{component} {path} was added with an effect" for path in new if path not in old and float(new[path].up.abs().max()) != 0]
+        for path in old:
+            if path in new and not same_delta(old[path], new[path], dtype):
+                faults.append(f"{component} {path}: its weight delta changed by {distance(old[path], new[path]):.2e} of its size")
+    return faults
+
+
+def same_delta(a: LoraTensors, b: LoraTensors, dtype: torch.dtype | None = None) -> bool:
+    """Whether two LoRA change a weight alike: bit for bit with the same scale, or (when stored in `dtype`) within its rounding."""
+    if a.down.numel() == b.down.numel() and torch.equal(a.down.flatten(), b.down.flatten()) and torch.equal(a.up.flatten(), b.up.flatten()):
+        return math.isclose(a.scale, b.scale, rel_tol=1e-6)
+    return distance(a, b) <= _TOLERANCE.get(dtype, 1e-6)
+
+
+def distance(a: LoraTensors, b: LoraTensors) -> float:
+    """||delta a - delta b|| / ||delta a|| (Frobenius), from the factors alone: QR of both sides, so that no dense delta is built."""
+    if a.down.flatten(1).shape[1] != b.down.flatten(1).shape[1] or a.up.shape[0] != b.up.shape[0]:
+        return math.inf
+    (up_a, down_a), (up_b, down_b) = _factors(a), _factors(b)
+    change = _norm(torch.cat([up_a, -up_b], 1), torch.cat([down_a, down_b], 0))
+    size = _norm(up_a, down_a)
+    return change / size if size else (0.0 if change == 0 else math.inf)
+
+
+def _factors(lora: LoraTensors) -> tuple[Tensor, Tensor]:
+    return lora.up.flatten(1).double() * lora.scale, lora.down.flatten(1).double()
+
+
+def _norm(up: Tensor, down: Tensor) -> float:
+    """||up @ down|| = ||R_up @ R_down^T||."""
+    return float((torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.t(), mode="r").R.t()).norm())
+
+
+def join(files: Iterable[tuple[Path, LoraFile]]) -> dict[str, dict[str, LoraTensors]]:
+    """The layers of several files as one; CheckpointError where two files hold the same layer."""
+    layers: dict[str, dict[str, LoraTensors]] = {}
+    owner: dict[tuple[str, str], Path] = {}
+    clashes: dict[tuple[Path, Path], list[str]] = {}
+    for path, file in files:
+        for component, named in file.layers.items():
+            for layer, lora in named.items():
+                first = owner.setdefault((component, layer), path)
+                if layer in layers.setdefault(component, {}):
+                    clashes.setdefault((first, path), []).append(f"{component} {layer}")
+                layers[component][layer] = lora
+    if clashes:
+        raise CheckpointError([f"{a} and {b} both hold {len(names)} layers ({names[0]} …): each part is given once." for (a, b), names in clashes.items()])
+    return layers

@@ -1,0 +1,61 @@
+"""What the header of an exported LoRA says: true, readable by webui, and nothing of the machine that it was made on."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from ..families.webui import V_PREDICTION, WebuiFamily
+from ..lora_tensors import LoraTensors
+from .format import META_BASE_MODEL, META_BASE_VERSION, META_COMPONENT, META_FORMAT, META_STEP
+
+META_CONVERTER = "hcpdiff.converter"  # marks files that the converter wrote, which it may therefore replace
+HASH = "sshs_model_hash"
+
+# captions, tags and folder names of whoever trained the file
+_PRIVATE = ("ss_tag_frequency", "ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_datasets", "ss_bucket_info", "ss_dataset_config", "ss_caption")
+_HASHES = ("sshs_", "modelspec.hash", "hcpdiff.payload")
+_CARRIED = ("ss_", "ssmd_", "modelspec.", "hcpdiff.")
+_PATH = re.compile(r"""(^|[\s"'=\[(])(~?/[^\s"'/]+/|[A-Za-z]:[\\/]|\\\\[^\s\\]|\.{1,2}[\\/])|[^\s:/]\\[^\s"nrtu\\/]""")
+
+
+def carried(metadata: Mapping[str, str], keep_all: bool = False) -> tuple[dict[str, str], list[str]]:
+    """The entries that go with a LoRA into another file, and the names of those left out: hashes (never copied), and captions, folder
+    names and local paths (unless `keep_all`)."""
+    kept, dropped = {}, []
+    for key, value in metadata.items():
+        if key.startswith(_HASHES) or key in (META_FORMAT, META_COMPONENT, META_CONVERTER):
+            continue
+        private = key.startswith(_PRIVATE) or _PATH.search(value) is not None or not key.startswith(_CARRIED)
+        if private and not keep_all:
+            dropped.append(key)
+        else:
+            kept[key] = value
+    return kept, dropped
+
+
+def webui_metadata(kept: Mapping[str, str], family: WebuiFamily, version: str, layers: Iterable[LoraTensors], name: str) -> dict[str, str]:
+    """What webui reads: base model, network and name. Entries of `kept` stay unless they are about these."""
+    layers = list(layers)
+    prediction = "v" if version in V_PREDICTION else "epsilon"
+    entries = {
+        **{key: value for key, value in kept.items() if not key.startswith("hcpdiff.")},
+        "ss_base_model_version": version, "ss_output_name": name, "ss_network_module": "networks.lora",
+        "ss_network_dim": _common({str(layer.rank) for layer in layers}), "ss_network_alpha": _common({f"{layer.alpha:.9g}" for layer in layers}),
+        "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": family.architecture(version),
+        "modelspec.implementation": "diffusers", "modelspec.title": name, META_CONVERTER: "1", **family.extra,
+    }
+    entries.setdefault("modelspec.prediction_type", kept.get("hcpdiff.prediction_type", prediction).replace("_prediction", ""))
+    if META_STEP in kept:
+        entries.setdefault("ss_steps", kept[META_STEP])
+    if META_BASE_MODEL in kept:
+        entries.setdefault("ss_sd_model_name", re.split(r"[\\/]", kept[META_BASE_MODEL].rstrip("\\/"))[-1])
+    return entries
+
+
+def our_metadata(kept: Mapping[str, str], version: str | None, component: str) -> dict[str, str]:
+    """Metadata of one component's file of ours, made from another program's file."""
+    own = {META_COMPONENT: component, META_CONVERTER: "1"} | ({META_BASE_VERSION: version} if version else {})
+    return {**kept, **own}
+
+
+def _common(values: set[str]) -> str:
+    return values.pop() if len(values) == 1 else "Dynamic"
