@@ -1,0 +1,113 @@
+"""Every key of a drawing config (`python -m hcpdiff.visualizer`): type, default, unit and meaning. Same rules as `config.schema`."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from .field import key
+
+# Keys of the ancestor and of other programs that are not there; the text says what to use.
+NOT_YET = "is not built yet (img2img, inpaint, ControlNet and hires fix are refused rather than ignored). Remove it to draw from text."
+REMOVED = {
+    "condition": NOT_YET, "ex_input": NOT_YET, "img2img": NOT_YET, "inpaint": NOT_YET, "controlnet": NOT_YET, "control_net": NOT_YET, "hires": NOT_YET,
+    "hires_fix": NOT_YET, "highres_fix": NOT_YET, "init_image": NOT_YET, "mask": NOT_YET, "strength": NOT_YET,
+    "interface": "was removed; use out_dir and save (image_type, quality, settings).",
+    "vis_info": "was removed; the visualizer always says what it draws.",
+    "exp_dir": "was removed here; give lora_path the run folder (its newest checkpoint is taken) or a file in it.",
+    "model_steps": "was removed; name the file in lora_path, such as exps/<run>/ckpts/unet-1000.safetensors.",
+    "lora_scale": "is called lora_alpha.", "negative_prompt": "is called neg_prompt.", "num_inference_steps": "belongs below infer_args.",
+    "guidance_scale": "belongs below infer_args.", "width": "belongs below infer_args.", "height": "belongs below infer_args.",
+    "save_root": "is called out_dir.", "vae": "is given as new_components.vae.", "scheduler": "is given as new_components.scheduler.",
+    "mixed_precision": "is called dtype here.", "num_images": "is given as bs (at once) and num (how often).",
+}
+
+
+@dataclass
+class MergeItem:
+    """One LoRA among several."""
+
+    path: str | None = key(None, "LoRA file, or a run folder (its newest).", "LoRA 文件，或训练输出文件夹（取最新）。", path=True)
+    path_TE: str | None = key("auto", "LoRA file of the text encoder. auto: the file of that step beside `path`; null: none.",
+                              "文本编码器的 LoRA 文件。auto：取 path 旁边同一步的文件；null：不使用。", path=True)
+    alpha: float = key(1.0, "Strength on the UNet; 1 is what was trained.", "UNet 上的强度；1 为训练时的效果。")
+    alpha_TE: float | None = key(None, "Strength on the text encoder. null: as alpha.", "文本编码器上的强度；null 与 alpha 相同。")
+    layers: str | list[str] = key("all", "all, or patterns as in training's `layers`: only these layers of the file are used.",
+                                  "all，或与训练配置 layers 相同写法的层名：只使用这些层。")
+
+
+@dataclass
+class SaveConfig:
+    """How pictures are written."""
+
+    REMOVED: ClassVar = {"save_cfg": "was removed; use save.settings (both, inside, beside, none).", "out_dir": "is the top-level key out_dir."}
+    image_type: Literal["png", "webp", "jpg", "jpeg"] = key("png", "Image format.", "图片格式。")
+    quality: int = key(95, "Quality of jpg and webp.", "jpg 与 webp 的质量。", ge=1, le=100)
+    settings: Literal["both", "inside", "beside", "none"] = key(
+        "both", "Where the settings of a picture go: inside it (as text that webui reads, and as JSON without local paths), beside it (a .yaml that --cfg "
+        "takes to draw the same picture again), both, or none.",
+        "生成参数的保存位置：inside 写入图片（webui 可读的文本，以及不含本地路径的 JSON），beside 存为旁边的 .yaml（可直接作为 --cfg 重新生成同一张图），both 两者，none 不保存。")
+
+
+@dataclass
+class VaeOptimize:
+    """Less memory while the VAE decodes."""
+
+    tiling: bool = key(False, "Decode in tiles: large pictures on small cards.", "分块解码，适合小显存生成大图。")
+    slicing: bool = key(False, "Decode the pictures of a batch one by one.", "逐张解码一批中的图片。")
+
+
+@dataclass
+class InferConfig:
+    """Top level of a drawing config."""
+
+    REMOVED: ClassVar = REMOVED
+    pretrained_model: str = key(doc="Base model in diffusers format: a local folder or a hub id.", zh="底模（diffusers 格式）：本地文件夹或 huggingface 上的模型名。")
+    revision: str | None = key(None, "Branch, tag or commit on the hub.", "hub 上的分支、标签或提交。")
+    variant: str | None = key(None, "Weight variant on the hub or in the folder, such as fp16.", "权重变体，例如 fp16。")
+
+    prompt: str | list[str] = key("", "What to draw: {text:1.2} weighs text, {text} means 1.1. A list: each prompt is drawn bs × num times.",
+                                  "提示词：{文本:1.2} 调整权重，{文本} 为 1.1。列表：每个提示词各画 bs × num 张。")
+    neg_prompt: str | list[str] = key("", "Negative prompt, one for all or one per prompt.", "反向提示词：共用一个，或每个提示词各一个。")
+    prompt_file: str | None = key(None, "Text file with one prompt per line, instead of prompt.", "每行一个提示词的文本文件，代替 prompt。", path=True)
+    prompt_syntax: Literal["hcp", "webui", "plain"] = key(
+        "hcp", "How prompts are read. hcp: {text:1.2}; webui: (text:1.2), [text], BREAK, <lora:name:0.8>; plain: no weights.",
+        "提示词语法。hcp：{文本:1.2}；webui：(文本:1.2)、[文本]、BREAK、<lora:名字:0.8>；plain：不含权重。")
+    N_repeats: int | Literal["auto"] = key("auto", "Chunks of 75 tokens a prompt may fill; auto: as many as it needs.",
+                                           "提示词可占用的 75 token 段数；auto 为按需。", ge=1, le=64, unit="75 tokens")
+    clip_skip: int = key(0, "How many of the text encoder's last layers to skip; 0 = use the last layer (webui's 1).",
+                         "跳过文本编码器最后几层；0 表示用最后一层（即 webui 的 1）。", ge=0)
+    emb_dir: str | None = key("embs", "Folder of embeddings (.pt, .bin, .safetensors); a word of a prompt that has a file's name becomes its vectors.",
+                              "embedding 文件夹（.pt、.bin、.safetensors）；提示词中与文件同名的词会替换为其向量。", path=True)
+
+    lora_path: str | list[str] | None = key(None, "LoRA file (ours, webui/kohya, PEFT, ancestor) or a run folder (its newest); a list for several. null: none.",
+                                            "LoRA 文件（本框架、webui/kohya、PEFT、旧版）或训练输出文件夹（取最新）；可为列表。null 为不使用。", path=True)
+    lora_path_TE: str | list[str] | None = key("auto", "LoRA file of the text encoder. auto: the file of that step beside lora_path; null: none.",
+                                               "文本编码器的 LoRA 文件。auto：取 lora_path 旁边同一步的文件；null：不使用。", path=True)
+    lora_alpha: float | list[float] = key(1.0, "Strength of the LoRA; 1 is what was trained, 0 is the base model. A list: one per lora_path.",
+                                          "LoRA 强度；1 为训练时的效果，0 等于底模。列表：与 lora_path 一一对应。")
+    lora_alpha_TE: float | list[float] | None = key(None, "Strength on the text encoder. null: as lora_alpha.", "文本编码器上的强度；null 与 lora_alpha 相同。")
+    merge: list[MergeItem] | dict | None = key(None, "Several LoRAs: a list of {path, path_TE, alpha, alpha_TE, layers}. The ancestor's group1: … form is read too.",
+                                               "多个 LoRA：{path, path_TE, alpha, alpha_TE, layers} 的列表；也支持旧版 group1: … 写法。")
+    lora_dir: str | None = key(None, "Folder in which webui's <lora:name:0.8> finds name.safetensors.", "webui 语法 <lora:名字:0.8> 查找文件的文件夹。", path=True)
+
+    seed: int | list[int] | None = key(None, "Seed of the first picture; picture i has seed + i. A list: one picture per seed. null: a random one, which is said.",
+                                       "第一张图的种子，第 i 张为 seed + i。列表：每个种子一张图。null：随机并打印。", ge=0, lt=2**32)
+    bs: int = key(1, "Pictures drawn at once; does not change the pictures.", "同时生成的图片数；不影响图片内容。", ge=1)
+    num: int = key(1, "How often: bs × num pictures per prompt.", "次数：每个提示词共 bs × num 张。", ge=1)
+    infer_args: dict = key({}, "Arguments of the pipeline: width, height (default: the model's own size), num_inference_steps, guidance_scale, eta …",
+                           "pipeline 的参数：width、height（默认为模型自身尺寸）、num_inference_steps、guidance_scale、eta 等。")
+    new_components: dict[str, dict] = key({}, "Parts that replace the model's own, by _target_: scheduler, vae, unet, text_encoder, tokenizer. "
+                                          "A scheduler takes what it leaves out from the model's own.",
+                                          "用 _target_ 替换模型部件：scheduler、vae、unet、text_encoder、tokenizer。scheduler 未写的参数取自底模。", slot="component")
+
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "Compute precision. auto: bf16 or fp16 on a GPU, fp32 on a CPU. LoRA factors stay fp32.",
+                                                         "计算精度。auto：GPU 用 bf16 或 fp16，CPU 用 fp32。LoRA 权重保持 fp32。")
+    device: str = key("auto", "auto, cpu, cuda, cuda:1, mps, xpu.", "auto、cpu、cuda、cuda:1、mps、xpu。")
+    attention: Literal["auto", "sdpa", "xformers", "eager"] = key("auto", "Attention kernel. auto: torch's scaled_dot_product_attention.", "注意力实现。auto 为 torch 的 SDPA。")
+    cpu_threads: int | Literal["auto"] = key("auto", "Threads of torch on the CPU. auto: all cores.", "CPU 线程数。auto 为全部核心。", ge=1)
+    offload: bool | Literal["model", "sequential"] = key(
+        False, "Keep parts in main memory while they are not used. true or model: whole parts; sequential: layer by layer (least memory, slow).",
+        "不用的部分放在内存中。true 或 model：整个部件；sequential：逐层（显存最少，较慢）。")
+    vae_optimize: VaeOptimize = key(VaeOptimize, "Less memory while the VAE decodes.", "VAE 解码省显存选项。")
+
+    out_dir: str = key("output", "Folder of the pictures; files are numbered and never overwritten.", "图片输出文件夹；文件自动编号，不会覆盖。", path=True)
+    save: SaveConfig = key(SaveConfig, "How pictures are written.", "图片保存方式。")

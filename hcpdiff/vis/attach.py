@@ -1,0 +1,133 @@
+"""LoRA files -> factors beside the model's layers, and the rows of the start report."""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..adapters.attach import attach_lora
+from ..adapters.base import detach
+from ..checkpoint.format import load_lora
+from ..errors import ConfigError, HCPError, LayerMatchError
+from ..families.base import Models
+from ..lora_tensors import LoraTensors
+from .lora_files import LoraSource
+
+Layers = dict[str, LoraTensors]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A source with its layers by component ('unet', 'text_encoder')."""
+
+    source: LoraSource
+    layers: Mapping[str, Layers]
+
+    def strength(self, component: str) -> float:
+        """Strength on a component."""
+        return self.source.strength if component == "unet" else self.source.strength_TE
+
+    def describe(self) -> list[str]:
+        """One line per component: layers, rank, strength."""
+        return [f"{self.source.name if component == 'unet' or not self.source.path_TE else self.source.path_TE.stem}: {component}, {len(layers)} layers, "
+                f"rank {ranks(layers)}, strength {self.strength(component):g}" for component, layers in self.layers.items() if layers]
+
+
+def ranks(layers: Layers) -> str:
+    """'8', or '4 to 16'."""
+    found = sorted({tensors.rank for tensors in layers.values()})
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def read_all(sources: Sequence[LoraSource]) -> list[Loaded]:
+    """Reads the files of all sources; every fault of every file comes in one error."""
+    loaded, faults = [], []
+    for source in sources:
+        try:
+            loaded.append(read(source))
+        except HCPError as error:
+            faults += [fault if source.key in fault else f"{source.key}: {fault}" for fault in error.faults]
+    if faults:
+        raise ConfigError(faults)
+    return loaded
+
+
+def read(source: LoraSource) -> Loaded:
+    """The layers of one source: the UNet's file, the text encoder's file, or one file that holds both."""
+    layers = {component: dict(found) for component, found in load_lora(source.path).layers.items()} if source.path else {}
+    if source.path_TE:
+        text = {component: found for component, found in load_lora(source.path_TE).layers.items() if component != "unet"}
+        if not any(text.values()):
+            raise LayerMatchError(f"{source.key}: {source.path_TE} holds no layers of a text encoder.")
+        layers = {"unet": layers["unet"]} | text if "unet" in layers else text
+    elif not source.text:
+        layers = {component: found for component, found in layers.items() if component == "unet"}
+        if not layers:
+            raise LayerMatchError(f"{source.key}: {source.path} holds layers of the text encoder only, and path_TE is null.")
+    if source.layers is not None:
+        layers = chosen(layers, source.layers, f"{source.key}.layers")
+    return Loaded(source, layers)
+
+
+def chosen(layers: Mapping[str, Layers], patterns: Sequence[str], key: str) -> dict[str, Layers]:
+    """The layers at or inside what the patterns match; a pattern that matches nothing raises LayerMatchError."""
+    names = [path for found in layers.values() for path in found]
+    keep, faults = set(), []
+    for n, pattern in enumerate(patterns):
+        try:
+            matched = {path for path in names if matches(pattern, path)}
+        except re.error as error:
+            faults.append(f"{key}[{n}] = {pattern!r} is not a regular expression: {error}.")
+            continue
+        if not matched:
+            near = difflib.get_close_matches(pattern.removeprefix("re:"), names, n=2, cutoff=0.3)
+            faults.append(f"{key}[{n}] = {pattern!r} matches none of the file's {len(names)} layers. Nearest: {', '.join(near) or ', '.join(names[:2])}.")
+        keep |= matched
+    if faults:
+        raise LayerMatchError(faults)
+    return {component: {path: tensors for path, tensors in found.items() if path in keep} for component, found in layers.items()}
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether the pattern matches the layer's path or a module above it, as in training's `layers`; text encoders with and without `text_model.`."""
+    parts = path.split(".")
+    above = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    names = above + [name.removeprefix("text_model.") for name in above if name.startswith("text_model.")]
+    if pattern.startswith("re:"):
+        return any(re.match(pattern[3:], name) for name in names)
+    return pattern in names
+
+
+def attach_all(models: Models, loaded: Sequence[Loaded]) -> None:
+    """Lays every LoRA beside its layers; several on one layer add up. Strength 0 leaves a layer as it is, bit for bit.
+
+    Raises LayerMatchError that names the file whose layers the model does not have; all files' faults come together.
+    """
+    check_fit(models, loaded)
+    for component, module in models.modules.items():
+        together: dict[str, list[tuple[LoraTensors, float]]] = {}
+        for lora in loaded:
+            for path, tensors in lora.layers.get(component, {}).items():
+                if lora.strength(component) != 0:
+                    together.setdefault(path, []).append((tensors, lora.strength(component)))
+        if together:
+            attach_lora(module, together, component)
+
+
+def check_fit(models: Models, loaded: Sequence[Loaded]) -> None:
+    """Tries each file on its own, so that a misfit names the file."""
+    faults = []
+    for lora in loaded:
+        for component, layers in lora.layers.items():
+            where = f"{lora.source.key} ({(lora.source.path_TE if component != 'unet' and lora.source.path_TE else lora.source.path)})"
+            if component not in models.modules:
+                faults.append(f"{where}: it holds layers of {component}, which this model does not have.")
+                continue
+            try:
+                attach_lora(models.modules[component], {path: [(tensors, 1.0)] for path, tensors in layers.items()}, where)
+            except LayerMatchError as error:
+                faults += error.faults
+            finally:
+                detach(models.modules[component])
+    if faults:
+        raise LayerMatchError(faults)

@@ -1,0 +1,95 @@
+"""`new_components`: parts of the model built from `_target_`, in the place of its own."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..config.build import build, check_target
+from ..errors import ConfigError, HCPError
+from ..families.source import load_whole
+
+LOADER = ".from_pretrained"
+SOURCE_ARGUMENT = "pretrained_model_name_or_path"
+
+
+def check(specs: Mapping[str, Mapping], known: Sequence[str], allow: Sequence[str]) -> list[str]:
+    """Faults of the blocks, without building: unknown parts, and targets that their slot does not take."""
+    faults = []
+    for name, spec in specs.items():
+        where = f"new_components.{name}"
+        if name not in known:
+            faults.append(f"{where}: this model has no such part; it has {', '.join(known)}.")
+        else:
+            faults += check_target(spec, slot_of(name), where, allow)
+    return faults
+
+
+def slot_of(name: str) -> str:
+    """The slot whose types the part accepts."""
+    return "noise_scheduler" if name == "scheduler" else "component"
+
+
+def base_scheduler(config: Mapping):
+    """The base model's own sampler, from its scheduler config."""
+    import diffusers
+
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
+        raise ConfigError(f"pretrained_model: its scheduler is a {config.get('_class_name')}, which diffusers {diffusers.__version__} does not have. "
+                          f"Name one in new_components.scheduler, such as _target_: diffusers.DPMSolverMultistepScheduler.")
+    return kind.from_config(config)
+
+
+def build_scheduler(spec: Mapping, base, allow: Sequence[str]):
+    """A sampler by `_target_`; what its block leaves out comes from the base model's (prediction_type, steps_offset ...).
+
+    As in diffusers' from_config, values that the base's own file left to its class are not carried over.
+    """
+    where = "new_components.scheduler"
+    if str(spec["_target_"]).rsplit(".", 1)[-1] in ("from_pretrained", "from_config"):
+        return build(dict(spec), slot_of("scheduler"), where, allow)
+    kind = locate(spec["_target_"])
+    takes = kind._get_init_keys(kind)
+    own = set(base.config.get("_use_default_values", ()))
+    inherited = {name: value for name, value in base.config.items() if name in takes and name not in own and value is not None}
+    return build({**inherited, **spec}, slot_of("scheduler"), where, allow)
+
+
+def build_part(name: str, spec: Mapping, allow: Sequence[str]):
+    """A module or tokenizer by `_target_`. Local weights that are not whole are refused, where the loader would draw random ones."""
+    where, spec = f"new_components.{name}", dict(spec)
+    if spec["_target_"].endswith(LOADER) and SOURCE_ARGUMENT in spec:
+        kind, place = locate(spec.pop("_target_").removesuffix(LOADER)), spec.pop(SOURCE_ARGUMENT)
+        if name.startswith("tokenizer"):
+            return load_tokenizer(kind, place, where, spec)
+        return load_whole(kind, Path(place) if Path(place).is_dir() else place, where, spec)
+    return build(spec, slot_of(name), where, allow)
+
+
+def load_tokenizer(kind: type, place: str, where: str, options: Mapping):
+    """A tokenizer; its loaders raise many kinds of errors."""
+    try:
+        return kind.from_pretrained(place, **options)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{where}: {place} cannot be loaded as {kind.__name__}: {(str(error).strip().splitlines() or ['?'])[0]}") from error
+
+
+def locate(target: str) -> type:
+    """The class that a checked `_target_` names."""
+    import hydra.utils
+
+    return hydra.utils.get_class(target)
+
+
+def build_all(specs: Mapping[str, Mapping], allow: Sequence[str]) -> dict:
+    """Every part but the scheduler, by name; all faults come together."""
+    parts, faults = {}, []
+    for name, spec in specs.items():
+        if name == "scheduler":
+            continue
+        try:
+            parts[name] = build_part(name, spec, allow)
+        except HCPError as error:
+            faults += error.faults
+    if faults:
+        raise ConfigError(faults)
+    return parts

@@ -1,0 +1,126 @@
+"""Prompts with weights -> what the denoiser is conditioned on: tokens with weights, chunks of 75, A1111's weighting."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..families.base import Conditioning, Models, Tokens
+from ..families.clip_text import CHUNK, chunk_ids, repeats_for, token_ids
+from .prompt import Parsed, Piece
+
+
+@dataclass(frozen=True)
+class Words:
+    """Words that have ids of their own (embeddings): a pattern that finds them, and word -> ids for each tokenizer."""
+
+    pattern: re.Pattern | None = None
+    ids: Mapping[str, Mapping[str, list[int]]] = field(default_factory=dict)
+
+    def of(self, tokenizer: str) -> Mapping[str, list[int]]:
+        """word -> ids for one tokenizer."""
+        return self.ids.get(tokenizer, {})
+
+
+@dataclass(frozen=True)
+class Row:
+    """The tokens of one prompt for one tokenizer, in groups that begin a new chunk (one group, where nothing asks for more)."""
+
+    groups: tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of 75 that all tokens need."""
+        return sum(repeats_for(len(ids)) for ids, _ in self.groups)
+
+    def table(self, repeats: int, bos: int, eos: int, pad: int) -> tuple[list[list[int]], list[list[float]]]:
+        """`repeats` rows of 77 ids and of 77 weights; BOS, EOS and padding weigh 1. What does not fit is left out."""
+        ids, weights = [], []
+        for group, given in self.groups:
+            need = repeats_for(len(group))
+            ids += chunk_ids(group, need, bos, eos, pad)
+            weights += [[1.0, *given[n * CHUNK:(n + 1) * CHUNK]] for n in range(need)]
+        ids = (ids + chunk_ids((), max(0, repeats - len(ids)), bos, eos, pad))[:repeats]
+        weights = (weights + [[1.0]] * max(0, repeats - len(weights)))[:repeats]
+        return ids, [row + [1.0] * (CHUNK + 2 - len(row)) for row in weights]
+
+    def cut(self, repeats: int) -> list[int]:
+        """The ids that do not fit into `repeats` chunks."""
+        free, lost = repeats, []
+        for ids, _ in self.groups:
+            lost += ids[max(0, free) * CHUNK:]
+            free -= repeats_for(len(ids))
+        return lost
+
+
+def tokens_of(tokenizer, pieces: Sequence[Piece], words: Mapping[str, list[int]] | None = None, pattern: re.Pattern | None = None) -> Row:
+    """Ids and weights of a prompt. A word of `words` becomes its ids; the piece's weight covers them all."""
+    groups: list[tuple[list[int], list[float]]] = [([], [])]
+    for piece in pieces:
+        if piece.breaks:
+            groups.append(([], []))
+            continue
+        ids = piece_ids(tokenizer, piece.text, words or {}, pattern)
+        groups[-1][0].extend(ids)
+        groups[-1][1].extend([piece.weight] * len(ids))
+    return Row(tuple((tuple(ids), tuple(weights)) for ids, weights in groups))
+
+
+def piece_ids(tokenizer, text: str, words: Mapping[str, list[int]], pattern: re.Pattern | None) -> list[int]:
+    """Ids of a stretch of text, with the vectors' ids in the place of words that have them."""
+    ids, at = [], 0
+    for match in pattern.finditer(text) if pattern and words else ():
+        if text[at:match.start()].strip():
+            ids += token_ids(tokenizer, text[at:match.start()])
+        ids += words[match.group().lower()]
+        at = match.end()
+    return ids + (token_ids(tokenizer, text[at:]) if text[at:].strip() else [])
+
+
+def chunks_needed(models: Models, prompts: Sequence[Parsed], words: Words) -> list[int]:
+    """Chunks that each prompt needs (the largest over the tokenizers)."""
+    return [max(row.chunks for row in rows(models, prompt, words).values()) for prompt in prompts]
+
+
+def cut_text(models: Models, prompt: Parsed, words: Words, repeats: int) -> tuple[int, str]:
+    """How many tokens of a prompt do not fit into `repeats` chunks, and the text that they are."""
+    name, tokenizer = next(iter(models.tokenizers.items()))
+    lost = rows(models, prompt, words)[name].cut(repeats)
+    return len(lost), tokenizer.decode([i for i in lost if i < len(tokenizer)]).strip()
+
+
+def rows(models: Models, prompt: Parsed, words: Words) -> dict[str, Row]:
+    """Tokenizer name -> tokens of the prompt."""
+    return {name: tokens_of(t, prompt.pieces, words.of(name), words.pattern) for name, t in models.tokenizers.items()}
+
+
+@torch.no_grad()
+def encode(models: Models, prompt: Parsed, repeats: int, words: Words = Words(), clip_skip: int = 0) -> Conditioning:
+    """One prompt -> hidden (1, repeats * 77, D), weighted."""
+    tables = {name: row.table(repeats, *special_ids(models.tokenizers[name])) for name, row in rows(models, prompt, words).items()}
+    ids = tuple(torch.tensor([table[0]], dtype=torch.int64) for table in tables.values())
+    cond = models.family.encode_text(models, Tokens(ids, (0,)), clip_skip)
+    weights = torch.tensor(next(iter(tables.values()))[1], dtype=torch.float32).unsqueeze(0)  # (1, R, 77); CLIP's tokenizers cut alike
+    return Conditioning(weigh(cond.hidden, weights), cond.pooled)
+
+
+def special_ids(tokenizer) -> tuple[int, int, int]:
+    """BOS, EOS, padding."""
+    return tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+
+
+def weigh(hidden: Tensor, weights: Tensor) -> Tensor:
+    """A1111's emphasis: hidden (B, R*77, D) times weights (B, R, 77) per token, then each chunk's mean as it was before.
+
+    A chunk whose weights are all 1 keeps its bits.
+    """
+    batch, chunks, length = weights.shape
+    states = hidden.float().reshape(batch, chunks, length, -1)
+    weights = weights.to(hidden.device)
+    weighted = states * weights.unsqueeze(-1)
+    before, after = states.mean((2, 3), keepdim=True), weighted.mean((2, 3), keepdim=True)
+    restored = weighted * torch.where(after == 0, 1.0, before / after)
+    changed = (weights != 1).any(-1)[..., None, None]  # (B, R, 1, 1)
+    return torch.where(changed, restored, states).reshape(hidden.shape).to(hidden.dtype)

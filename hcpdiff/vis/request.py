@@ -1,0 +1,180 @@
+"""What is to be drawn, checked as far as it can be without torch: prompts, seeds, batches, files. All faults come together."""
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config.infer_schema import InferConfig
+from ..errors import ConfigError
+from .lora_files import Finder, LoraSource, as_list
+from .prompt import Parsed, parse
+from .save import check_folder
+
+DEFAULT_EMB_DIR = "embs"  # the one folder that may be missing
+# Arguments of the pipeline that other keys (or we) give.
+OWNED = {
+    "prompt": "use the key prompt", "negative_prompt": "use the key neg_prompt", "num_images_per_prompt": "use bs and num", "generator": "use the key seed",
+    "clip_skip": "use the key clip_skip", "latents": "they come from the key seed", "prompt_embeds": "they come from the key prompt",
+    "negative_prompt_embeds": "they come from the key neg_prompt", "output_type": "use save.image_type", "return_dict": "it is not needed",
+    "callback": "it is not needed", "callback_steps": "it is not needed", "callback_on_step_end": "it is not needed",
+    "callback_on_step_end_tensor_inputs": "it is not needed", "cross_attention_kwargs": "a LoRA's strength is lora_alpha",
+    "ip_adapter_image": "IP-adapter is not built yet", "ip_adapter_image_embeds": "IP-adapter is not built yet",
+    "image": "img2img is not built yet", "strength": "img2img is not built yet", "mask_image": "inpaint is not built yet",
+}
+# Least value, and whether it is an integer, of the arguments that every pipeline has.
+NUMBERS = {"width": (8, int), "height": (8, int), "num_inference_steps": (1, int), "guidance_scale": (0, float), "guidance_rescale": (0, float), "eta": (0, float)}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture: its place in the run, its prompt (an index) and its seed."""
+
+    index: int
+    prompt: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """A config, read: texts as written and as parsed, one entry per prompt, and the pictures in the order of drawing."""
+
+    cfg: InferConfig
+    texts: tuple[str, ...]
+    neg_texts: tuple[str, ...]
+    prompts: tuple[Parsed, ...]
+    neg_prompts: tuple[Parsed, ...]
+    pictures: tuple[Picture, ...]
+    loras: tuple[LoraSource, ...]
+    emb_dir: Path | None
+    out_dir: Path
+    notices: tuple[str, ...]
+
+
+def read(cfg: InferConfig) -> Request:
+    """Checks a config and makes its request; ConfigError with every fault. Draws nothing and loads no model."""
+    faults: list[str] = []
+    notices: list[str] = []
+    texts, neg_texts = prompt_texts(cfg, faults)
+    prompts = parsed(texts, "prompt", cfg.prompt_syntax, faults, notices)
+    negatives = parsed(neg_texts, "neg_prompt", cfg.prompt_syntax, faults, notices)
+    finder = Finder()
+    loras = finder.all(cfg, common_tags(prompts, negatives, faults))
+    seeds = picture_seeds(cfg, faults, notices)
+    faults += check_infer_args(cfg.infer_args)
+    emb_dir = embedding_folder(cfg, faults)
+    faults += finder.faults + check_folder(Path(cfg.out_dir).expanduser())
+    if faults:
+        raise ConfigError(faults)
+    if len(neg_texts) == 1:
+        neg_texts, negatives = neg_texts * len(texts), negatives * len(texts)
+    pictures = tuple(Picture(n * len(seeds) + i, n, seed) for n in range(len(texts)) for i, seed in enumerate(seeds))
+    return Request(cfg, tuple(texts), tuple(neg_texts), tuple(prompts), tuple(negatives), pictures, tuple(loras), emb_dir,
+                   Path(cfg.out_dir).expanduser(), tuple(dict.fromkeys(notices + finder.notices)))
+
+
+def prompt_texts(cfg: InferConfig, faults: list[str]) -> tuple[list[str], list[str]]:
+    """Prompts (of prompt or prompt_file) and negative prompts: one, or as many as prompts."""
+    texts = as_list(cfg.prompt)
+    if cfg.prompt_file is not None:
+        if any(texts):
+            faults.append("prompt and prompt_file are both given; give one.")
+        texts = file_lines(cfg.prompt_file, faults)
+    elif not texts:
+        faults.append("prompt is an empty list; give at least one prompt.")
+    negatives = as_list(cfg.neg_prompt) or [""]
+    if len(negatives) not in (1, len(texts)) and texts:
+        faults.append(f"neg_prompt has {len(negatives)} entries for {len(texts)} prompts; give one for all, or one for each.")
+    return texts, negatives
+
+
+def file_lines(name: str, faults: list[str]) -> list[str]:
+    """The lines of a prompt file that are not blank."""
+    try:
+        lines = [line.strip() for line in Path(name).expanduser().read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        faults.append(f"prompt_file = {name!r} is not UTF-8 text (byte {error.start}): save it as UTF-8.")
+        return []
+    except OSError as error:
+        faults.append(f"prompt_file = {name!r} cannot be read: {error.strerror or error}.")
+        return []
+    if not lines:
+        faults.append(f"prompt_file = {name!r} holds no prompt.")
+    return lines
+
+
+def parsed(texts: Sequence[str], key: str, syntax: str, faults: list[str], notices: list[str]) -> list[Parsed]:
+    """The prompts that could be read; faults and warnings of the others."""
+    out = []
+    for n, text in enumerate(texts):
+        try:
+            out.append(parse(text, syntax, key if len(texts) == 1 else f"{key}[{n}]"))
+            notices += out[-1].notices
+        except ConfigError as error:
+            faults += error.faults
+    return out
+
+
+def common_tags(prompts: Sequence[Parsed], negatives: Sequence[Parsed], faults: list[str]):
+    """The LoRA tags of the prompts (webui syntax), which must be the same in all: the model is prepared once."""
+    if len({p.loras for p in prompts}) > 1:
+        faults.append("the prompts have different <lora:…> tags; draw them in runs of their own.")
+    if any(p.loras for p in negatives):
+        faults.append("neg_prompt has a <lora:…> tag; it belongs into the prompt.")
+    return prompts[0].loras if prompts else ()
+
+
+def picture_seeds(cfg: InferConfig, faults: list[str], notices: list[str]) -> list[int]:
+    """The seeds of one prompt's pictures."""
+    count = cfg.bs * cfg.num
+    if isinstance(cfg.seed, list):
+        if not cfg.seed:
+            faults.append("seed is an empty list; give null for a random one.")
+        elif cfg.num != 1 and count != len(cfg.seed):
+            faults.append(f"seed is a list of {len(cfg.seed)}, but bs × num = {cfg.bs} × {cfg.num}; a list draws one picture per seed (bs at a time): leave num at 1.")
+        return list(cfg.seed)
+    first = cfg.seed
+    if first is None:
+        first = secrets.randbelow(2**32 - count)
+        notices.append(f"seed = null: took {first} (seed={first} draws the same again).")
+    return [first + i for i in range(count)]
+
+
+def check_infer_args(args: dict) -> list[str]:
+    """Faults of infer_args that need no pipeline to be seen."""
+    faults = [f"infer_args.{name} cannot be given there: {OWNED[name]}." for name in args if name in OWNED]
+    for name, (least, kind) in NUMBERS.items():
+        value = args.get(name)
+        if value is None:
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        good = number and (kind is float or float(value).is_integer())
+        if not good or value < least:
+            faults.append(f"infer_args.{name} = {value!r}; it is {'an integer' if kind is int else 'a number'}, at least {least}.")
+    return faults
+
+
+def embedding_folder(cfg: InferConfig, faults: list[str]) -> Path | None:
+    """emb_dir, None where there is none; only the default may be missing."""
+    if cfg.emb_dir is None:
+        return None
+    folder = Path(cfg.emb_dir).expanduser()
+    if folder.is_dir():
+        return folder
+    if cfg.emb_dir.rstrip("/\\") != DEFAULT_EMB_DIR:
+        faults.append(f"emb_dir = {cfg.emb_dir!r}: there is no such folder (null: no embeddings).")
+    return None
+
+
+def batches(pictures: Sequence[Picture], repeats: Sequence[int], bs: int) -> list[list[Picture]]:
+    """Pictures drawn together: up to `bs` neighbours whose prompts fill the same number of chunks (`repeats`, one per prompt).
+
+    A prompt that is padded to a longer neighbour would give another picture, so a picture would depend on its batch.
+    """
+    out: list[list[Picture]] = []
+    for picture in pictures:
+        if not out or len(out[-1]) == bs or repeats[out[-1][0].prompt] != repeats[picture.prompt]:
+            out.append([])
+        out[-1].append(picture)
+    return out

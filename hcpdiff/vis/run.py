@@ -1,0 +1,256 @@
+"""The visualizer's run: a config -> models with LoRA -> pictures on disk. The wiring only; each step is in a file of its own."""
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .. import device as devices
+from ..config.infer_schema import InferConfig
+from ..errors import ConfigError, HCPError
+from ..families import detect
+from ..families.base import Conditioning, Family, Models
+from ..families.clip_text import layers_of
+from ..families.source import resolve
+from . import attach, components, embeddings, encode, pipeline
+from .prompt import Parsed
+from .request import Picture, Request, batches
+from .save import save
+from .settings import Facts, describe
+
+MODEL_KEY, LOADERS_KEY = "pretrained_model", "model.pretrained_model_name_or_path"
+
+
+@dataclass
+class Studio:
+    """All that is ready to draw: models with adapters, the sampler, the prompts' encodings, and where it runs."""
+
+    models: Models
+    pipe: object
+    device: torch.device
+    dtype: torch.dtype
+    conditioning: Mapping[tuple[Parsed, int], Conditioning]
+    repeats: Sequence[int]
+    size: tuple[int, int]
+    loras: Sequence[attach.Loaded]
+    facts: Facts
+
+
+class Collector:
+    """Goes on after a user's mistake, so that all of them come in one message."""
+
+    def __init__(self):
+        self.faults: list[str] = []
+
+    def __call__(self, function: Callable, *args, default=None):
+        """What the function returns, or `default` after a fault."""
+        try:
+            return function(*args)
+        except HCPError as error:
+            self.faults += error.faults
+            return default
+
+    def stop(self) -> None:
+        """Raises what was collected."""
+        if self.faults:
+            raise ConfigError(self.faults)
+
+
+def run(request: Request, allow: Sequence[str] = (), say: Callable[[str], None] = print) -> list[Path]:
+    """Draws a request (of `request.read(cfg)`) and returns the files. Raises HCPError with all that is wrong in what it names."""
+    quiet()
+    try:
+        return draw(request, prepare(request, allow, say), say)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"the device ran out of memory: {str(error).splitlines()[0]} Try bs=1, a smaller width and height, offload=true, "
+                          f"vae_optimize.tiling=true or dtype=fp16.") from error
+
+
+def quiet() -> None:
+    """Keeps the libraries' loading bars and advice off the console; their errors still come."""
+    import diffusers
+    import transformers
+
+    for library in (transformers, diffusers):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+
+
+def prepare(request: Request, allow: Sequence[str], say: Callable[[str], None]) -> Studio:
+    """Loads and checks everything, and reports it; nothing has been drawn when an error is raised."""
+    cfg = request.cfg
+    for notice in request.notices:
+        say(f"note: {notice}")
+    device = choose_device(cfg.device)
+    dtype = devices.compute_dtype(cfg.dtype, device)
+    devices.set_threads(cfg.cpu_threads)
+    folder, family, loras, words = check_parts(request, allow, say)
+    models, scheduler = load(cfg, family, folder, dtype, allow)
+    kernel = devices.set_attention(models.unet, cfg.attention)
+    vocabulary = embeddings.add_words(models, words)
+    attach.attach_all(models, loras)
+    pipe = pipeline.assemble(models, scheduler)
+    size = pipeline.size_of(pipe, cfg.infer_args.get("width"), cfg.infer_args.get("height"))
+    known = encode.Words(embeddings.find(request.emb_dir).pattern() if words else None, vocabulary)
+    conditioning, repeats = encode_prompts(request, models, known, device, say)
+    place(pipe, cfg, device, say)
+    facts = facts_of(models, pipe, cfg, size, dtype, sorted(words))
+    report(request, facts, loras, device, kernel, say)
+    return Studio(models, pipe, device, dtype, conditioning, repeats, size, loras, facts)
+
+
+def choose_device(choice: str) -> torch.device:
+    """The device that the config names, tried; auto takes the accelerator that is there."""
+    if choice == "auto":
+        return devices.pick_device()
+    try:
+        device = torch.device(choice)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises AssertionError where it was built without the backend
+        raise ConfigError(f"device = {choice!r} cannot be used: {(str(error).splitlines() or ['?'])[0]}") from error
+    return device
+
+
+def check_parts(request: Request, allow: Sequence[str], say: Callable[[str], None]) -> tuple[Path, Family, list[attach.Loaded], dict[str, Path]]:
+    """The model's folder and family, LoRA files (read) and embedding files (found): all that can be checked before the weights are read."""
+    cfg, collect = request.cfg, Collector()
+    folder, notes = collect(resolve, cfg.pretrained_model, cfg.revision, cfg.variant, MODEL_KEY, default=(None, []))
+    for note in notes:
+        say(f"note: {note}")
+    family = collect(detect, folder, MODEL_KEY) if folder else None
+    if family:
+        kind = pipeline.pipeline_class(family)
+        collect.faults += pipeline.check_arguments(kind, cfg.infer_args) + components.check(cfg.new_components, pipeline.part_names(kind), allow)
+    texts = [piece.text for prompt in (*request.prompts, *request.neg_prompts) for piece in prompt.pieces]
+    words = collect(embeddings.used, embeddings.find(request.emb_dir), texts)
+    loras = collect(attach.read_all, request.loras)
+    collect.stop()
+    return folder, family, loras, words
+
+
+def load(cfg: InferConfig, family: Family, folder: Path, dtype: torch.dtype, allow: Sequence[str]) -> tuple[Models, object]:
+    """The base model with its new components, in `dtype` on the CPU, and the sampler."""
+    parts = [name for name in (*(c.name for c in family.components), "vae") if name not in cfg.new_components]
+    try:
+        models = family.load(folder, cfg.pretrained_model, parts, dtype, variant=cfg.variant)
+    except ConfigError as error:  # loaders speak of the trainer's key
+        raise ConfigError([fault.replace(LOADERS_KEY, MODEL_KEY) for fault in error.faults]) from error
+    for name, part in components.build_all(cfg.new_components, allow).items():
+        if isinstance(part, torch.nn.Module):
+            models.modules[name] = part.requires_grad_(False).eval()
+        else:
+            models.tokenizers[name] = part
+    for module in models.modules.values():
+        pipeline.cast(module, dtype)
+    pipeline.check_vae(models)
+    check_clip_skip(models, cfg.clip_skip)
+    scheduler = components.base_scheduler(models.scheduler_config)
+    if "scheduler" in cfg.new_components:
+        scheduler = components.build_scheduler(cfg.new_components["scheduler"], scheduler, allow)
+    return models, scheduler
+
+
+def check_clip_skip(models: Models, clip_skip: int) -> None:
+    """Refuses to skip more layers than there are."""
+    layers = layers_of(models.text_encoder)
+    if clip_skip >= layers:
+        raise ConfigError(f"clip_skip = {clip_skip}; this text encoder has {layers} layers, so at most {layers - 1} can be skipped.")
+
+
+def encode_prompts(request: Request, models: Models, words: encode.Words, device: torch.device, say: Callable[[str], None]):
+    """((prompt, chunks) -> encoding, chunks per prompt). Each distinct text is encoded once; the encoder goes back to the CPU after."""
+    needed = [max(pair) for pair in zip(encode.chunks_needed(models, request.prompts, words), encode.chunks_needed(models, request.neg_prompts, words))]
+    limit = request.cfg.N_repeats
+    repeats = needed if limit == "auto" else [limit] * len(needed)
+    encoders = [module for name, module in models.modules.items() if name.startswith("text_encoder")]
+    out: dict[tuple[Parsed, int], Conditioning] = {}
+    for module in encoders:
+        module.to(device)
+    for prompts, texts in ((request.prompts, request.texts), (request.neg_prompts, request.neg_texts)):
+        for prompt, text, chunks in zip(prompts, texts, repeats):
+            if (prompt, chunks) in out:
+                continue
+            out[prompt, chunks] = encode.encode(models, prompt, chunks, words, request.cfg.clip_skip).to(device)
+            count, lost = encode.cut_text(models, prompt, words, chunks)
+            if count:
+                say(f"warning: {count} tokens of the prompt do not fit into N_repeats = {chunks} (× 75) and are cut: {lost!r}. N_repeats=auto takes them all.")
+    for module in encoders:
+        module.to("cpu")
+    return out, repeats
+
+
+def place(pipe, cfg: InferConfig, device: torch.device, say: Callable[[str], None]) -> None:
+    """Puts the parts where they run, and turns on what saves memory."""
+    if cfg.vae_optimize.tiling:
+        pipe.vae.enable_tiling()
+    if cfg.vae_optimize.slicing:
+        pipe.vae.enable_slicing()
+    if not cfg.offload or device.type == "cpu":
+        if cfg.offload:
+            say("note: offload has no effect on a CPU: everything is in main memory already.")
+        pipe.to(device)
+    else:
+        offload(pipe, cfg.offload, device)
+
+
+def offload(pipe, how: bool | str, device: torch.device) -> None:
+    """Parts come to the device when they are used. Layer by layer, the VAE stays there: it must be able to change its dtype."""
+    if how == "sequential":
+        pipe._exclude_from_cpu_offload = [*pipe._exclude_from_cpu_offload, "vae"]
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.enable_model_cpu_offload(device=device)
+
+
+def facts_of(models: Models, pipe, cfg: InferConfig, size: tuple[int, int], dtype: torch.dtype, words: list[str]) -> Facts:
+    """What is written into every picture."""
+    arguments = pipeline.defaults(type(pipe)) | cfg.infer_args
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
+    local = Path(cfg.pretrained_model).expanduser().is_dir()
+    name = Path(cfg.pretrained_model).expanduser().resolve().name if local else cfg.pretrained_model
+    return Facts(name, models.family.base_version(models), *size, arguments["num_inference_steps"], arguments["guidance_scale"],
+                 type(pipe.scheduler).__name__, dict(pipe.scheduler.config), devices.SHORT[dtype], words, versions)
+
+
+def report(request: Request, facts: Facts, loras: Sequence[attach.Loaded], device: torch.device, kernel: str, say: Callable[[str], None]) -> None:
+    """One block before drawing: what is drawn with what."""
+    seeds = [str(picture.seed) for picture in request.pictures]
+    shown = ", ".join(seeds if len(seeds) <= 8 else [*seeds[:4], "…", seeds[-1]])
+    lines = [("model", f"{request.cfg.pretrained_model} ({facts.family})"), ("device", f"{devices.describe(device)}, {facts.dtype}, attention {kernel}"),
+             *[("LoRA", line) for lora in loras for line in lora.describe()], *[("new", f"{name}: {spec['_target_']}") for name, spec in request.cfg.new_components.items()],
+             *([("embeddings", ", ".join(facts.embeddings))] if facts.embeddings else []),
+             ("sampler", f"{facts.scheduler}, {facts.steps} steps, guidance {facts.guidance:g}"),
+             ("pictures", f"{len(seeds)} of {facts.width}x{facts.height}, seed {shown}"), ("to", str(request.out_dir))]
+    for name, text in lines:
+        say(f"  {name:<11}{text}")
+
+
+def draw(request: Request, studio: Studio, say: Callable[[str], None]) -> list[Path]:
+    """Draws all pictures, batch by batch; each batch is on disk before the next begins."""
+    paths: list[Path] = []
+    started, total = time.perf_counter(), len(request.pictures)
+    for batch in batches(request.pictures, studio.repeats, request.cfg.bs):
+        first, last = batch[0].index + 1, batch[-1].index + 1
+        studio.pipe.set_progress_bar_config(desc=f"picture {first} of {total}" if first == last else f"pictures {first}-{last} of {total}")
+        drawn = draw_batch(request, studio, batch)
+        if drawn.redecoded:
+            say(f"note: the VAE's result was black or not finite in {studio.facts.dtype}; it was decoded again in fp32.")
+        for picture, image in zip(batch, drawn.images):
+            paths.append(save(image, request.out_dir, picture.seed, describe(request, picture, studio.facts), request.cfg.save.image_type,
+                              request.cfg.save.quality, request.cfg.save.settings))
+            say(str(paths[-1]))
+    say(f"{total} picture{'s' if total > 1 else ''} in {time.perf_counter() - started:.1f} s")
+    return paths
+
+
+def draw_batch(request: Request, studio: Studio, batch: Sequence[Picture]) -> pipeline.Drawn:
+    """The pictures of one batch."""
+    def together(prompts: Sequence[Parsed]) -> Conditioning:
+        return Conditioning.cat([studio.conditioning[prompts[p.prompt], studio.repeats[p.prompt]] for p in batch])
+
+    args = {name: value for name, value in request.cfg.infer_args.items() if name not in ("width", "height")}
+    latents = pipeline.sample(studio.pipe, together(request.prompts), together(request.neg_prompts), [p.seed for p in batch], *studio.size, args)
+    return pipeline.decode(studio.pipe, latents)

@@ -1,0 +1,41 @@
+"""Draws pictures from a config: `python -m hcpdiff.visualizer --cfg cfgs/infer/text2img.yaml key=value …`."""
+
+import argparse
+
+from hcpdiff import cli
+
+EXAMPLE = """example:
+  python -m hcpdiff.visualizer --cfg cfgs/infer/t2i_lora.yaml \\
+      pretrained_model=stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+      lora_path=exps/2023-07-26-01-05-35/ckpts/unet-1000.safetensors \\
+      lora_alpha=0.8 \\
+      prompt='masterpiece, best quality, 1girl, {a red scarf:1.2}' seed=42 bs=2 num=2
+
+Every key is explained in docs/en/user_guides/infer.md.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    return cli.config_parser("hcpdiff.visualizer", "Draw pictures with a base model and LoRA, from one YAML file.", EXAMPLE)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Reads the config, then (only then) loads torch and draws."""
+    from hcpdiff.config.infer_schema import InferConfig
+    from hcpdiff.config.load import load
+
+    loaded = load(args.cfg, args.overrides, InferConfig, allow=args.allow_target)
+    for notice in loaded.notices:
+        print(f"note: {notice}", flush=True)
+    from hcpdiff.vis.request import read
+
+    request = read(loaded.config)  # what can be said without torch is said at once
+    from hcpdiff.vis.run import run
+
+    run(request, args.allow_target, lambda line: print(line, flush=True))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main, parser)
