@@ -5,6 +5,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way, and runners share the cores
 
 
 def _tiny(tmp_path_factory, version):

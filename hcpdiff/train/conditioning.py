@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..data.text_cache import TextCache
 from ..families.base import Conditioning, Models
 from .trainer import Hook
 
@@ -22,11 +23,10 @@ class Encoder:
 class FrozenText(Hook):
     """Conditioning from a cache on the CPU that holds an epoch's distinct prompts; what is not there is encoded when asked for."""
 
-    def __init__(self, encode: Encoder, epoch_prompts: Callable[[int], set[str]], batch_size: int = 16):
-        from ..data.text_cache import TextCache
-
+    def __init__(self, encode: Encoder, epoch_prompts: Callable[[Sequence], list[str]]):
         self.encode, self.epoch_prompts = encode, epoch_prompts
-        self.cache = TextCache(self._items, batch_size)
+        device = next(encode.models.text_encoder.parameters()).device
+        self.cache = TextCache(self._items, batch_size=1 if device.type == "cpu" else 16)
 
     @torch.no_grad()
     def _items(self, prompts: list[str]) -> list[Conditioning]:
@@ -35,7 +35,7 @@ class FrozenText(Hook):
 
     def on_epoch_begin(self, trainer, epoch: int) -> None:
         """Encodes what the epoch will ask for."""
-        self.cache.fill(sorted(self.epoch_prompts(epoch)))
+        self.cache.fill(self.epoch_prompts(trainer.state.positions))
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         device = next(self.encode.models.unet.parameters()).device

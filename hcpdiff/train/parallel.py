@@ -60,14 +60,3 @@ class Parallel:
         """Ends the process group."""
         self.state.destroy_process_group()
 
-
-def alone(argv_name: str = "hcpdiff.train_ac") -> str | None:
-    """For the one-device command under a launcher of several: None when this process should train (it then forgets the others), else a line to say."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world <= 1:
-        return None
-    if int(os.environ.get("LOCAL_RANK", 0)) != 0:
-        return f"{world} processes were started; train_ac_single uses one device. For all of them: accelerate launch -m {argv_name} ..."
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
-    return None

@@ -28,8 +28,8 @@ class Hook:
 class Feed(Protocol):
     """Where batches come from."""
 
-    def batches(self, start: Sequence, first_index: int, rank: int, world: int, steps: int) -> Iterable[tuple[int, list, list]]:
-        """(step index, positions after it, this rank's micro-batches) per optimizer step."""
+    def batches(self, start: Sequence, rank: int, world: int, first_index: int, count: int) -> Iterable[tuple[Any, list, list]]:
+        """(step, positions after it, this rank's micro-batches) for `count` optimizer steps."""
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Trainer:
     def fit(self) -> None:
         """Trains to the end; hooks see every step."""
         state, epoch = self.state, None
-        feed = self.feed.batches(state.positions, state.step, self.parallel.rank, self.parallel.world, self.total_steps - state.step)
+        feed = self.feed.batches(state.positions, self.parallel.rank, self.parallel.world, state.step, self.total_steps - state.step)
         for _, after, micro in feed:
             if state.positions[0].epoch != epoch:
                 epoch = state.positions[0].epoch

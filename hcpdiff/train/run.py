@@ -1,0 +1,306 @@
+"""The only place that wires a run together: config -> model, data, trainables -> trainer, hooks, loggers."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from .. import device as machine
+from ..checkpoint import format as lora_format
+from ..checkpoint.resume import find_run, load_state
+from ..config.build import build, check_target
+from ..config.load import Loaded
+from ..config.schema import RunConfig
+from ..data.dataset import build_train_data
+from ..data.plan import Position
+from ..diffusion.objective import PREDICTIONS, DiscreteObjective
+from ..errors import ConfigError, HCPError
+from ..families import detect
+from ..families.base import Models, fingerprint
+from ..families.source import resolve
+from ..loggers import LoggerGroup
+from ..loss import make_loss
+from ..trainables.lora import LoraTrainable
+from . import report
+from .conditioning import Encoder, FrozenText
+from .folder import claim
+from .hooks import LogHook, PreviewHook, SaveHook, restore
+from .optim import Gradients, lr_factor, optimizer_groups
+from .parallel import Parallel
+from .step import DenoisingStep
+from .trainer import Trainer
+
+
+class Run:
+    """One training run. Everything that can be wrong is found before the run folder is made; then latents are cached and the steps begin."""
+
+    def __init__(self, loaded: Loaded[RunConfig], parallel: Parallel, allow: Sequence[str] = ()):
+        self.loaded, self.cfg, self.parallel, self.allow = loaded, loaded.config, parallel, allow
+        self.device, self.started = parallel.device, time.monotonic()
+        self.dtype = machine.compute_dtype(self.cfg.mixed_precision, self.device)
+        self.accumulation = self.cfg.train.gradient_accumulation_steps
+        self.log = LoggerGroup([])
+
+    def train(self) -> Path:
+        """Runs from start to end; returns the run folder."""
+        try:
+            self._open_loggers()
+            self._set_up_machine()
+            self._read_inputs()
+            self._load_model()
+            self._attach_adapters()
+            self._make_folder()
+            self._cache()
+            trainer = self._build_trainer()
+            trainer.fit()
+            self.log.say(f"done: step {trainer.state.step} after {time.monotonic() - self.started:.0f} s, peak memory {machine.peak_memory(self.device)}. "
+                         f"Everything is in {self.folder}")
+        finally:
+            self.log.close()
+        return self.folder
+
+    # -- before the folder: every fault is found here ---------------------------------------------------------------------------------
+
+    def _open_loggers(self) -> None:
+        if self.parallel.main:
+            self.log = LoggerGroup([build(spec, "logger", f"logger[{i}]", self.allow) for i, spec in enumerate(self.cfg.logger)])
+        for file in self.loaded.files:
+            self.log.say(f"config: {file}")
+        for notice in self.loaded.notices:
+            self.log.say(f"note: {notice}")
+
+    def _set_up_machine(self) -> None:
+        if machine.cpu_build_beside_gpu():
+            raise ConfigError("this machine has an NVIDIA GPU, but the installed torch is a CPU build. Install the CUDA build: "
+                              "pip install torch --index-url https://download.pytorch.org/whl/cu128")
+        machine.set_threads(self.cfg.train.cpu_threads, self.parallel.per_machine)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.cfg.allow_tf32
+
+    def _read_inputs(self) -> None:
+        """Base model, optimizer and data are looked at before anything large is read; all their faults come in one message."""
+        faults: list[str] = []
+        collect(faults, self._find_model)
+        collect(faults, lambda: faults.extend(check_target(self.cfg.train.optimizer, "optimizer", "train.optimizer", self.allow)))
+        collect(faults, self._find_resume)
+        collect(faults, self._index_data)
+        if faults:
+            raise ConfigError(faults)
+
+    def _find_model(self) -> None:
+        model = self.cfg.model
+        self.base, notices = resolve(model.pretrained_model_name_or_path, model.revision, model.variant)
+        self.family = detect(self.base)
+        for notice in notices:
+            self.log.say(f"note: {notice}")
+
+    def _find_resume(self) -> None:
+        self.resumed = None
+        if self.cfg.train.resume:
+            self.folder = find_run(self.cfg.train.resume)
+            self.resumed = load_state(self.folder)
+
+    def _index_data(self) -> None:
+        family = getattr(self, "family", None)
+        if family is None:  # the model's fault is already noted; the data's faults do not depend on it
+            from ..families.sd import StableDiffusion as family
+        self.data = build_train_data(self.cfg.data, seed=self.cfg.seed, vae_factor=family.vae_factor, latent_channels=family.latent_channels,
+                                     micro_per_step=self.parallel.world * self.accumulation, workers=self.cfg.train.workers)
+
+    def _load_model(self) -> None:
+        model = self.cfg.model
+        name = model.pretrained_model_name_or_path if not Path(model.pretrained_model_name_or_path).exists() else self.base.resolve().name
+        parts = [*(component.name for component in self.family.components), "vae"]
+        self.models = self.family.load(self.base, name, parts, self.dtype, model.vae, model.variant)
+        self.base_mark = fingerprint(self.models.unet)
+        self.attention = self._attention()
+        if model.clip_skip >= self.models.text_encoder.config.num_hidden_layers:
+            raise ConfigError(f"model.clip_skip = {model.clip_skip}: the text encoder has {self.models.text_encoder.config.num_hidden_layers} layers.")
+
+    def _attention(self) -> str:
+        try:
+            return machine.set_attention(self.models.unet, self.cfg.model.attention)
+        except (ModuleNotFoundError, ValueError) as error:  # what diffusers raises without xformers, or without a GPU for it
+            raise ConfigError(f"model.attention = {self.cfg.model.attention!r} cannot be used here: {error}. Use auto.") from error
+
+    def _attach_adapters(self) -> None:
+        self.trainables, faults = [], []
+        for component in self.family.components:
+            groups = getattr(self.cfg, component.config_key)
+            if not groups:
+                continue
+            trainable = LoraTrainable(component, groups, component.config_key)
+            collect(faults, lambda: trainable.attach(self.models, self.cfg.seed))
+            self.trainables.append(trainable)
+        if faults:
+            raise ConfigError(faults)
+        if not self.trainables:
+            raise ConfigError("nothing is trained: lora_unet and lora_text_encoder are both null. Give one of them a list of groups.")
+        self._start_from_files()
+        for trainable in self.trainables:
+            if self.cfg.model.gradient_checkpointing:
+                self.family.checkpointing(self.models, trainable.component.name)
+                self.models.modules[trainable.component.name].train()  # the libraries recompute in train mode only; SD has no dropout of its own
+
+    def _start_from_files(self) -> None:
+        for trainable in self.trainables:
+            key = "init_lora" if trainable.component.name == "unet" else "init_lora_TE"
+            path = getattr(self.cfg.model, key)
+            if not path:
+                continue
+            layers = lora_format.load_lora(path).layers.get(trainable.component.name)
+            if not layers:
+                raise ConfigError(f"model.{key} = {path!r} holds no LoRA of the {trainable.component.name}.")
+            for notice in trainable.load(layers, path):
+                self.log.say(notice)
+
+    # -- the folder and what is made in it --------------------------------------------------------------------------------------------
+
+    def _make_folder(self) -> None:
+        step = self.resumed["step"] if self.resumed else 0
+        self.total_steps = self.cfg.train.train_steps or self.cfg.train.train_epochs * self.data.steps_per_epoch
+        if self.resumed and step >= self.total_steps:
+            raise ConfigError(f"train.resume: {self.folder} has done {step} of {self.total_steps} steps. Raise train.train_epochs or train.train_steps to go on.")
+        if not self.resumed:
+            path = claim(self.cfg.exp_dir, "${hcp.time" in self.loaded.written["exp_dir"]) if self.parallel.main else None
+            self.folder = Path(self.parallel.share(str(path)))
+        if self.parallel.main:
+            name = "cfg.yaml" if not self.resumed else f"cfg-resumed-{step}.yaml"
+            (self.folder / name).write_text(self.loaded.yaml, encoding="utf-8")
+        self.log.open(self.folder, step, self.total_steps)
+        self._report(step)
+
+    def _report(self, step: int) -> None:
+        cfg, train = self.cfg, self.cfg.train
+        batch = sum(data.batch_size for data in cfg.data.values())
+        per_step = batch * self.parallel.world * self.accumulation
+        self.log.say(report.facts_table("run", {
+            "folder": self.folder, "versions": ", ".join(f"{name} {version}" for name, version in report.versions().items()),
+            "device": f"{machine.describe(self.device)}; {self.parallel.world} process{'es' if self.parallel.world > 1 else ''}",
+            "precision": f"{machine.SHORT[self.dtype]} (LoRA weights fp32), attention {self.attention}",
+            "base model": f"{self.models.name} ({self.family.base_version(self.models)}, predicts {self._prediction()})", "seed": cfg.seed,
+            "images per step": f"{per_step} = batch {batch} x {self.parallel.world} processes x {self.accumulation} accumulated",
+            "length": f"{self.total_steps} steps, {self.data.steps_per_epoch} an epoch" + (f"; resumed after step {step}" if step else ""),
+            "optimizer": f"{train.optimizer['_target_']}, {train.scheduler.name}",
+        }))
+        self.log.say(report.layers_table(self.trainables))
+        self.data.token_count = lambda prompt: self.family.count_tokens(self.models, prompt)
+        self.data.token_limit = 75 * cfg.model.tokenizer_repeats
+        self.data.report(_Printer(self.log))
+
+    def _cache(self) -> None:
+        """Models to the device; latents are encoded once; what is not needed any more is let go."""
+        self.models.vae.to(self.device)
+        exchange = self.parallel.gather if self.parallel.world > 1 else None
+        self.data.cache_latents(self._encode_latents, fingerprint(self.models.vae, whole=True), self.parallel.rank, self.parallel.world, exchange, self._caching)
+        if self.data.all_cached and not self.cfg.preview.prompts:
+            self.models.drop("vae")
+        for part in ("unet", "text_encoder"):
+            self.models.modules[part].to(self.device)
+
+    @torch.no_grad()
+    def _encode_latents(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, std = self.family.posterior(self.models, pixels.to(self.device))
+        return mean.cpu(), std.cpu()
+
+    def _caching(self, done: int, total: int) -> None:
+        if done == total or done % max(1, total // 10) == 0:
+            self.log.say(f"latents: {done}/{total} images")
+
+    # -- the trainer ------------------------------------------------------------------------------------------------------------------
+
+    def _prediction(self) -> str:
+        choice = self.cfg.model.prediction_type
+        return choice if choice != "auto" else self.models.scheduler_config.get("prediction_type", "epsilon")
+
+    def _objective(self) -> DiscreteObjective:
+        train, prediction = self.cfg.train, self._prediction()
+        alphas = self.family.alphas_cumprod(self.models)
+        if self.cfg.model.noise_scheduler:
+            scheduler = build(self.cfg.model.noise_scheduler, "noise_scheduler", "model.noise_scheduler", self.allow)
+            alphas = scheduler.alphas_cumprod
+            prediction = prediction if self.cfg.model.prediction_type != "auto" else scheduler.config.prediction_type
+        if prediction not in PREDICTIONS:
+            raise ConfigError(f"the base model's scheduler predicts {prediction!r}; supported: {', '.join(PREDICTIONS)}.")
+        top = train.max_timestep or len(alphas)
+        if not train.min_timestep < top <= len(alphas):
+            raise ConfigError(f"train.min_timestep = {train.min_timestep}, train.max_timestep = {train.max_timestep}: 0 <= min < max <= {len(alphas)} must hold.")
+        return DiscreteObjective(alphas, prediction, train.min_timestep, top)
+
+    def _build_trainer(self) -> Trainer:
+        train = self.cfg.train
+        groups = [group for trainable in self.trainables for group in trainable.param_groups()]
+        step, text = self._step()
+        trainer = Trainer(
+            feed=self.data, loss=step.loss, gradients=Gradients(groups, self.device), optimizer=self._optimizer(groups), lr_factor=lr_factor(train.scheduler, self.total_steps),
+            parallel=self.parallel, hooks=[text] if text else [], total_steps=self.total_steps, max_grad_norm=train.max_grad_norm,
+            max_nonfinite=train.max_nonfinite, fp16=self.dtype == torch.float16)
+        trainer.state.positions = self.data.plan.start_of(0)
+        if self.resumed:
+            restore(trainer, self.trainables, self.resumed, Position)
+        if self.parallel.main:
+            trainer.hooks += self._hooks()
+        return trainer
+
+    def _step(self) -> tuple[DenoisingStep, FrozenText | None]:
+        cfg = self.cfg
+        encode = Encoder(self.models, cfg.model.tokenizer_repeats, cfg.model.clip_skip)
+        learns_text = any("text" in trainable.touches for trainable in self.trainables)
+        text = None if learns_text else FrozenText(encode, self.data.epoch_prompts)
+        step = DenoisingStep(self.models, self._objective(), make_loss(cfg.train.loss.type, cfg.train.loss.delta), text or encode, self.device, self.dtype,
+                             cfg.train.noise_offset, cfg.train.loss.min_snr_gamma)
+        return step, text
+
+    def _optimizer(self, groups: list) -> torch.optim.Optimizer:
+        scale = 1.0
+        if self.cfg.train.scale_lr:
+            scale = next(iter(self.cfg.data.values())).batch_size * self.parallel.world * self.accumulation
+        optimizer = build(self.cfg.train.optimizer, "optimizer", "train.optimizer", self.allow, params=optimizer_groups(groups, scale))
+        for group, own in zip(optimizer.param_groups, groups):
+            group["initial_lr"] = own.lr * scale  # some optimizers overwrite it
+        return optimizer
+
+    def _hooks(self) -> list:
+        train = self.cfg.train
+        log = LogHook(self.log, train.log_step, self.data.steps_per_epoch)
+        hooks = [log, SaveHook(self.folder, self.trainables, self._metadata(), machine.DTYPES[train.save_dtype], train.save_step, train.keep_states, self._described, log)]
+        if self.cfg.preview.prompts:
+            hooks.append(PreviewHook(self._draw, self.folder, self.cfg.preview.every, self.log))
+        return hooks
+
+    def _draw(self) -> list:
+        from ..vis.preview import draw_previews
+
+        size = self.data.first_size()
+        return draw_previews(self.models, self.cfg.preview, width=self.cfg.preview.width or size[0], height=self.cfg.preview.height or size[1],
+                             repeats=self.cfg.model.tokenizer_repeats, clip_skip=self.cfg.model.clip_skip, prediction_type=self._prediction())
+
+    def _metadata(self) -> dict[str, str]:
+        cfg = self.cfg
+        settings = {"seed": cfg.seed, "train": self.loaded.plain["train"], **{t.key: self.loaded.plain[t.key] for t in self.trainables}}
+        settings["train"].pop("resume", None)  # a local path
+        return {"family": self.family.name, "base_version": self.family.base_version(self.models), "base_model": self.models.name, "base_mark": self.base_mark,
+                "versions": json.dumps(report.versions()), "settings": json.dumps(settings)}
+
+    def _described(self) -> dict:
+        return {"versions": report.versions(), "world": self.parallel.world, "accumulation": self.accumulation, "base_mark": self.base_mark, "config": self.loaded.plain}
+
+
+def collect(faults: list[str], check: Callable[[], object]) -> None:
+    """Runs one check and keeps its faults, so that several checks are told in one message."""
+    try:
+        check()
+    except HCPError as error:
+        faults += error.faults
+
+
+class _Printer:
+    """The loggers in the place of a rich console."""
+
+    def __init__(self, log: LoggerGroup):
+        self.log = log
+
+    def print(self, renderable: object, **style) -> None:
+        """One table or line."""
+        self.log.say(renderable)

@@ -1,0 +1,185 @@
+"""LoRA layers: the definition, faster routes to the same numbers, and what half precision does to them."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from hcpdiff.adapters.attach import attach_lora, concatenate
+from hcpdiff.adapters.base import adapted_layers, detach, put, take
+from hcpdiff.adapters.lora import Lora
+from hcpdiff.errors import LayerMatchError
+from hcpdiff.lora_tensors import LoraTensors
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 10), (3, 5, 6)),
+    "linear without bias": (lambda: nn.Linear(6, 10, bias=False), (4, 6)),
+    "conv 1x1": (lambda: nn.Conv2d(6, 10, 1), (2, 6, 5, 4)),
+    "conv 3x3": (lambda: nn.Conv2d(3, 4, 3, padding=1), (2, 3, 4, 3)),
+    "conv 3x3 stride 2": (lambda: nn.Conv2d(3, 4, 3, stride=2, padding=1), (2, 3, 4, 4)),
+    "conv dilated": (lambda: nn.Conv2d(2, 3, 3, dilation=2, padding=2), (1, 2, 4, 3)),
+    "conv reflect padding": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (1, 2, 4, 3)),
+}
+
+
+def adapted(name: str, dtype=torch.float64, rank=3, alpha=1.5, dropout=0.0, filled=True):
+    make, shape = LAYERS[name]
+    torch.manual_seed(1)
+    layer = make().to(dtype).requires_grad_(False)
+    lora = Lora(layer, rank, alpha, dropout)
+    lora.reset(torch.rand(lora.down.shape))
+    if filled:
+        nn.init.normal_(lora.up)
+    if dtype == torch.float64:
+        lora.double()
+    put(layer, lora)
+    return layer, lora, torch.randn(shape, dtype=dtype, requires_grad=True)
+
+
+def run_dense(layer, weight, bias, x):
+    plain = copy.copy(layer)
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, bias)
+    return nn.Conv2d._conv_forward(plain, x, weight, bias)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_lora_is_identity_at_init(name):
+    layer, lora, x = adapted(name, torch.float32, filled=False)
+    assert torch.equal(layer(x), layer.base_forward(x))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_forward_and_gradients_equal_those_of_the_merged_weight(name):
+    layer, lora, x = adapted(name)
+    grads = []
+    for route in (lambda: layer(x), lambda: run_dense(layer, *lora.merged(layer.weight, layer.bias), x)):
+        y = route()
+        grads.append([y, *torch.autograd.grad(y.square().sum(), [x, lora.down, lora.up])])
+    for fast, reference in zip(*grads):
+        torch.testing.assert_close(fast, reference, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_hold_against_finite_differences(name):
+    layer, lora, x = adapted(name)
+    assert torch.autograd.gradcheck(lambda x, down, up: layer(x), (x, lora.down, lora.up))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_only_adapter_parameters_get_gradients(name):
+    layer, lora, x = adapted(name)
+    layer(x.detach()).sum().backward()
+    assert {n for n, p in layer.named_parameters() if p.grad is not None} == {"adapter.down", "adapter.up"}
+
+
+def test_put_keeps_names_and_take_restores():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 3))
+    before, kinds = list(model.state_dict()), [type(m) for m in model]
+    for layer in model:
+        put(layer, Lora(layer, 2, 2))
+    assert set(before) <= set(model.state_dict()) and set(adapted_layers(model)) == {"0", "1"}
+    assert isinstance(model[0], nn.Linear)
+    detach(model)
+    assert list(model.state_dict()) == before and [type(m) for m in model] == kinds
+
+
+def test_dropout_leaves_the_base_layer_alone():
+    layer, lora, x = adapted("linear", torch.float32, dropout=0.9)
+    lora.up.data.zero_()
+    assert torch.equal(layer(x), layer.base_forward(x))
+
+
+def test_dropout_drops_the_input_of_the_lora_branch_only():
+    layer, lora, x = adapted("linear", dropout=0.5)
+    torch.manual_seed(3)
+    y = layer(x)
+    grads = torch.autograd.grad(y.square().sum(), [x, lora.down, lora.up])
+    torch.manual_seed(3)
+    z = F.dropout(x.reshape(-1, 6), 0.5).reshape(x.shape)
+    reference = layer.base_forward(x) + lora.scale * F.linear(F.linear(z, lora.down), lora.up)
+    expected = torch.autograd.grad(reference.square().sum(), [x, lora.down, lora.up])
+    torch.testing.assert_close(y, reference, rtol=1e-9, atol=1e-9)
+    for got, want in zip(grads, expected):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_bf16_keeps_the_effect_of_a_lora_far_below_the_last_bit_of_the_weight(bias):
+    """Projection of what the LoRA changed on what it should change; a merged bf16 weight or a sum of rounded products loses most of it."""
+    torch.manual_seed(0)
+    layer = nn.Linear(512, 512, bias=bias).bfloat16().requires_grad_(False)
+    lora = Lora(layer, 8, 8)
+    lora.reset(torch.rand(lora.down.shape))
+    with torch.no_grad():
+        lora.up.normal_()
+        lora.up.mul_(1e-4 * layer.weight.float().norm() / (lora.up @ lora.down).norm())
+    x = torch.randn(8192, 512).bfloat16()
+    base = layer(x).float()
+    put(layer, lora)
+    with torch.no_grad():
+        true = x.float() @ lora.down.t() @ lora.up.t()
+
+        def share(y):
+            return ((y.float() - base) * true).sum() / true.square().sum()
+
+        merged = F.linear(x, lora.merged(layer.weight.float(), None)[0].bfloat16(), layer.bias)
+        summed = base.bfloat16() + F.linear(F.linear(x, lora.down.bfloat16()), lora.up.bfloat16())
+        assert abs(share(layer(x)) - 1) < 0.02 + 0.02 * bias
+        assert share(merged) < 0.7 and share(summed) < 0.3
+
+
+def test_bf16_gradients_follow_fp32():
+    layer, lora, x = adapted("linear", torch.float32)
+    reference = torch.autograd.grad(layer(x).square().sum(), [lora.down, lora.up, x])
+    take(layer)
+    half = layer.bfloat16()
+    put(half, lora)
+    xb = x.detach().bfloat16().requires_grad_()
+    grads = torch.autograd.grad(half(xb).float().square().sum(), [lora.down, lora.up, xb])
+    assert grads[0].dtype == torch.float32 and grads[2].dtype == torch.bfloat16
+    for got, want in zip(grads, reference):
+        assert (got.float() - want).norm() / want.norm() < 0.03
+
+
+def test_checkpointing_gives_the_same_gradients():
+    from torch.utils.checkpoint import checkpoint
+
+    layer, lora, x = adapted("linear", dropout=0.3)
+    results = []
+    for use in (False, True):
+        torch.manual_seed(5)
+        y = checkpoint(layer, x, use_reentrant=False) if use else layer(x)
+        results.append(torch.autograd.grad(y.square().sum(), [x, lora.down, lora.up]))
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 5), st.floats(0.1, 8), st.floats(-2, 2)), min_size=1, max_size=4), st.booleans())
+def test_several_loras_on_one_layer_add_up(parts, conv):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 6, 3, padding=1) if conv else nn.Linear(4, 6)
+    kernel = (3, 3) if conv else ()
+    tensors = [(LoraTensors(torch.randn(r, 4, *kernel), torch.randn(6, r, *(1,) * len(kernel)), a), s) for r, a, s in parts]
+    dense = sum(s * t.delta(torch.float64) for t, s in tensors)
+    torch.testing.assert_close(concatenate(tensors).delta(torch.float64), dense, rtol=1e-5, atol=1e-5)
+    model = nn.Sequential(layer)
+    x = torch.randn(2, 4, 5, 5) if conv else torch.randn(3, 4)
+    reference = run_dense(layer, layer.weight + dense.float(), layer.bias, x)
+    attach_lora(model, {"0": tensors}, "unet")
+    torch.testing.assert_close(model(x), reference, rtol=1e-4, atol=1e-4)
+
+
+def test_attach_names_all_that_does_not_fit_and_changes_nothing():
+    model = nn.ModuleDict({"to_q": nn.Linear(4, 4), "to_k": nn.Linear(4, 4)})
+    good = LoraTensors(torch.zeros(2, 4), torch.zeros(4, 2), 2)
+    wide = LoraTensors(torch.zeros(2, 8), torch.zeros(4, 2), 2)
+    with pytest.raises(LayerMatchError) as caught:
+        attach_lora(model, {"to_q": [(good, 1.0)], "to_qq": [(good, 1.0)], "to_k": [(wide, 1.0)]}, "unet")
+    assert len(caught.value.faults) == 2 and "'to_qq'" in str(caught.value) and "to_q" in str(caught.value) and "(2, 8)" in str(caught.value)
+    assert not adapted_layers(model)
