@@ -99,6 +99,9 @@ def cast(lora: LoraTensors, dtype: torch.dtype | None) -> LoraTensors:
     if dtype is None or lora.down.dtype == lora.up.dtype == dtype:
         return lora
     alpha = torch.tensor(lora.alpha, dtype=dtype)
+    for factor in (lora.down, lora.up):
+        if not bool(torch.isfinite(factor.to(dtype)).all()):
+            raise CheckpointError(f"a factor holds {float(factor.abs().max()):.3g}, more than {dtype} can hold; store it in bf16 or fp32.")
     return StoredLora(lora.down.to(dtype), lora.up.to(dtype), lora.alpha, alpha if float(alpha) == lora.alpha else None)
 
 
@@ -122,7 +125,7 @@ def _shaped(lora: LoraTensors, family: WebuiFamily, component: str, path: str) -
         return replace(lora, down=lora.down[..., None, None], up=lora.up[..., None, None])
     if kind == "linear" and kernel == (1, 1):
         return replace(lora, down=lora.down[..., 0, 0], up=lora.up[..., 0, 0])
-    if kernel not in {"linear": [()], "conv1": [(1, 1)], "conv3": [(3, 3), (1, 1)]}[kind]:
+    if kernel not in {"linear": [()], "conv1": [(1, 1)], "conv3": [(3, 3)]}[kind]:
         raise CheckpointError(f"{component} {path}: factors with a kernel of {kernel or 'no size'} do not fit this layer ({kind}).")
     return lora
 

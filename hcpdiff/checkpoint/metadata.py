@@ -13,6 +13,7 @@ HASH = "sshs_model_hash"
 # captions, tags and folder names of whoever trained the file
 _PRIVATE = ("ss_tag_frequency", "ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_datasets", "ss_bucket_info", "ss_dataset_config", "ss_caption")
 _HASHES = ("sshs_", "modelspec.hash", "hcpdiff.payload")
+_OF_THE_FILE = (META_FORMAT, META_COMPONENT, META_CONVERTER, "format", "lora_adapter_metadata")  # true of the file that was read only
 _CARRIED = ("ss_", "ssmd_", "modelspec.", "hcpdiff.")
 _PATH = re.compile(r"""(^|[\s"'=\[(])(~?/[^\s"'/]+/|[A-Za-z]:[\\/]|\\\\[^\s\\]|\.{1,2}[\\/])|[^\s:/]\\[^\s"nrtu\\/]""")
 
@@ -22,7 +23,7 @@ def carried(metadata: Mapping[str, str], keep_all: bool = False) -> tuple[dict[s
     names and local paths (unless `keep_all`)."""
     kept, dropped = {}, []
     for key, value in metadata.items():
-        if key.startswith(_HASHES) or key in (META_FORMAT, META_COMPONENT, META_CONVERTER):
+        if key.startswith(_HASHES) or key in _OF_THE_FILE:
             continue
         private = key.startswith(_PRIVATE) or _PATH.search(value) is not None or not key.startswith(_CARRIED)
         if private and not keep_all:

@@ -74,7 +74,7 @@ def newest(folder: Path | str) -> StepFiles:
     if not steps:
         raise CheckpointError(f"{folder} holds no weight files: looked for unet-<step>{SUFFIX} in {' and '.join(map(str, places)) or folder}.")
     number = max(steps)
-    return StepFiles(number[1], steps[number])
+    return StepFiles(number[1], {stem: steps[number][stem] for stem in STEMS if stem in steps[number]})
 
 
 def locate(path: Path | str) -> Path | StepFiles:

@@ -131,7 +131,7 @@ def is_ldm(body: str) -> bool:
 
 _CLIP = {"self_attn_q_proj": "self_attn.q_proj", "self_attn_k_proj": "self_attn.k_proj", "self_attn_v_proj": "self_attn.v_proj",
          "self_attn_out_proj": "self_attn.out_proj", "mlp_fc1": "mlp.fc1", "mlp_fc2": "mlp.fc2"}
-_CLIP_BODY = re.compile(rf"text_model_encoder_layers_(\d{{1,3}})_({'|'.join(_CLIP)})")
+_CLIP_BODY = re.compile(rf"(?:text_model_)?encoder_layers_(\d{{1,3}})_({'|'.join(_CLIP)})")
 _CLIP_PATH = re.compile(r"text_model\.encoder\.layers\.(\d{1,3})\.(" + "|".join(map(re.escape, _CLIP.values())) + ")")
 
 
@@ -141,7 +141,10 @@ def clip_modules(layers: int) -> list[str]:
 
 
 def clip_path(body: str) -> str | None:
-    """`text_model_encoder_layers_0_mlp_fc1` -> `text_model.encoder.layers.0.mlp.fc1`; None if no CLIP text encoder has it."""
+    """`text_model_encoder_layers_0_mlp_fc1` -> `text_model.encoder.layers.0.mlp.fc1`; None if no CLIP text encoder has it.
+
+    Exporters that follow transformers 5 leave `text_model_` out: no webui reads such files, this does.
+    """
     if body in ("text_projection", "text_model_text_projection"):
         return "text_projection"
     match = _CLIP_BODY.fullmatch(body)

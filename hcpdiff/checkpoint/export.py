@@ -1,0 +1,89 @@
+"""LoRA files for other programs and back, written only after they have been read again and compared."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from ..errors import CheckpointError
+from ..families.webui import WebuiFamily
+from .convert import Layers, WebuiLora, cast, faults_of, to_webui
+from .format import load_lora, save_lora
+from .io import payload_sha256, save_tensors
+from .metadata import HASH, META_CONVERTER, our_metadata, webui_metadata
+from .paths import SUFFIX
+from .safetensors_header import read_header
+
+
+def write_webui(path: Path, layers: Layers, family: WebuiFamily, version: str, *, name: str, kept: Mapping[str, str], dtype: torch.dtype | None = None,
+                extra: Mapping[str, str] | None = None) -> WebuiLora:
+    """Writes webui's file at `path` and returns what is in it. The file appears only if every layer's delta is what it was and every name
+    is one that webui knows; else CheckpointError, and `path` is as it was before."""
+    lora = to_webui(layers, family, dtype)
+    before = [tensors for named in layers.values() for tensors in named.values()]
+    metadata = {**webui_metadata(kept, family, version, before, name), **(extra or {}), HASH: payload_sha256(lora.tensors)}
+
+    def check(written: Path) -> None:
+        known = {family.webui_base(component, layer) for component, named in lora.layers.items() for layer in named}
+        foreign = [key for key in read_header(written).entries if key.split(".", 1)[0] not in known]
+        _refuse(path, [f"{key} is no name that webui knows" for key in foreign] + _hash_faults(written) + faults_of(load_lora(written).layers, layers, dtype))
+
+    save_tensors(path, lora.tensors, metadata, check)
+    return lora
+
+
+def write_ours(folder: Path, layers: Layers, version: str | None, *, name: str, kept: Mapping[str, str], dtype: torch.dtype | None = None) -> list[Path]:
+    """Writes `unet-<name>`, `text_encoder-<name>` ... into `folder`, each checked like webui's, and returns their paths: all of them or none."""
+    stored = {component: {layer: cast(tensors, dtype) for layer, tensors in named.items()} for component, named in layers.items()}
+    paths = [our_path(folder, component, name) for component in layers]
+    new = [path for path in paths if not path.exists()]
+    try:
+        for path, (component, named) in zip(paths, layers.items(), strict=True):
+            save_lora(path, stored[component], our_metadata(kept, version, component), check=_comparison(path, {component: named}, dtype))
+    except CheckpointError:
+        for path in new:
+            if path.exists():
+                path.unlink()
+        raise
+    return paths
+
+
+def _comparison(path: Path, before: Layers, dtype: torch.dtype | None) -> Callable[[Path], None]:
+    return lambda written: _refuse(path, faults_of(load_lora(written).layers, before, dtype))
+
+
+def our_path(folder: Path, component: str, name: str) -> Path:
+    """Where `write_ours` puts a component."""
+    return folder / f"{component}-{name}{SUFFIX}"
+
+
+def replaceable(path: Path) -> bool:
+    """Whether nothing is lost when `path` is written: it is free, or holds what the converter itself made before."""
+    if not path.exists():
+        return True
+    try:
+        return META_CONVERTER in read_header(path).metadata
+    except CheckpointError:  # no safetensors file: whatever it is, it is not ours to replace
+        return False
+
+
+def payload_hash(path: Path) -> str:
+    """SHA-256 (hex) of a safetensors file's bytes after its header, read from the disk; its first 12 digits are webui's AutoV3."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(read_header(path).payload)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _hash_faults(written: Path) -> list[str]:
+    said, true = read_header(written).metadata.get(HASH), payload_hash(written)
+    return [] if said == true else [f"{HASH} is {said}, the bytes give {true}"]
+
+
+def _refuse(path: Path, faults: list[str]) -> None:
+    if faults:
+        shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
+        raise CheckpointError(f"{path} is not written, since reading it back shows a difference: {shown}.")

@@ -1,0 +1,113 @@
+"""`python -m hcpdiff.tools.lora_convert`: LoRA files of hcpdiff to webui's form and back, with the result checked before it appears."""
+
+import argparse
+from pathlib import Path
+
+from hcpdiff import cli
+from hcpdiff.checkpoint.paths import StepFiles, beside, locate, split_name
+from hcpdiff.errors import CheckpointError, ConfigError, HCPError
+
+EPILOG = """examples:
+  to webui / ComfyUI:
+    python -m hcpdiff.tools.lora_convert --to_webui --lora_path exps/run/ckpts/unet-1000.safetensors --dump_path mylora.safetensors
+  the newest step of a run folder, all its parts, in half precision:
+    python -m hcpdiff.tools.lora_convert --to_webui --lora_path exps/run --dump_path mylora.safetensors --save_dtype fp16
+  from webui, PEFT, old diffusers or old hcpdiff files, into a folder:
+    python -m hcpdiff.tools.lora_convert --from_webui --lora_path mylora.safetensors --dump_path converted/
+"""
+FAMILIES = ("sd1", "sd2", "sdxl")
+SAVE_DTYPES = ("fp32", "fp16", "bf16")
+OPEN_METADATA = ("ss_", "ssmd_", "modelspec.")
+
+
+def parser() -> cli.Parser:
+    """The command's options."""
+    options = cli.Parser(prog="python -m hcpdiff.tools.lora_convert", epilog=EPILOG,
+                         description="Converts LoRA between hcpdiff and webui (A1111, ComfyUI, kohya). Reads every usual spelling; checks what it writes.")
+    add = options.add_argument
+    add("--to_webui", action="store_true", help="hcpdiff (or any other spelling) to one webui file")
+    add("--from_webui", action="store_true", help="webui (or any other spelling) to hcpdiff's files, one for each part")
+    add("--lora_path", metavar="PATH", help="the LoRA: a file, or a run folder (its newest step, all its parts)")
+    add("--lora_path_TE", metavar="FILE", nargs="+", default=[], help="the text encoder's file (SDXL: one or two); leave it out if there is none")
+    add("--dump_path", metavar="PATH", help="--to_webui: the file to write; --from_webui: the folder to write into")
+    add("--auto_scale_alpha", action="store_true", help="accepted, changes nothing: alpha is always written so that webui gets the strength that was trained")
+    add("--sdxl", action="store_true", help="the LoRA is for SDXL (found by itself; the flag only confirms it)")
+    add("--family", choices=FAMILIES, help="which Stable Diffusion it is for, where names and widths leave it open")
+    add("--save_dtype", choices=SAVE_DTYPES, help="store the factors in this type (default: as they are)")
+    add("--name", help="--to_webui: the name in the metadata (default: that of the file); --from_webui: the files are called unet-NAME ...")
+    add("--metadata", metavar="KEY=VALUE", action="append", default=[], help="--to_webui: an entry of the header, such as modelspec.author=me; may be repeated")
+    add("--keep_metadata", action="store_true", help="also keep captions, tags and folder names that the source's metadata holds")
+    add("--overwrite", action="store_true", help="replace a file that this command did not make itself (its own it replaces)")
+    return options
+
+
+def main(args: argparse.Namespace) -> int:
+    """Converts; returns the exit code."""
+    _check_options(args)
+    sources, warnings = _sources(args)
+    from hcpdiff.tools import lora_convert_run  # torch is imported only when there is something to do
+
+    return lora_convert_run.run(args, sources, warnings)
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    faults = []
+    if args.to_webui == args.from_webui:
+        said = "not both" if args.to_webui else "neither was given"
+        faults.append(f"which way? --to_webui (hcpdiff to webui) or --from_webui (webui to hcpdiff), {said}.")
+    for option in ("lora_path", "dump_path"):
+        if not getattr(args, option):
+            faults.append(f"--{option} is missing.")
+    if args.sdxl and args.family not in (None, "sdxl"):
+        faults.append(f"--sdxl and --family {args.family} contradict each other.")
+    if args.from_webui and args.metadata:
+        faults.append("--metadata belongs to --to_webui.")
+    for entry in args.metadata:
+        key, equals, _ = entry.partition("=")
+        if not equals or not key.startswith(OPEN_METADATA):
+            faults.append(f"--metadata {entry!r} is not KEY=VALUE with a key that begins with {', '.join(OPEN_METADATA)}.")
+    if args.name is not None and (not args.name.strip() or set(args.name) & set('/\\:*?"<>|\0\n')):
+        faults.append(f"--name {args.name!r} cannot be a file's name.")
+    for option, value in (("lora_path", args.lora_path), ("dump_path", args.dump_path), *(("lora_path_TE", path) for path in args.lora_path_TE)):
+        if value and any(ord(char) < 32 for char in value):
+            faults.append(f"--{option} {value!r} holds a control character; write / instead of \\.")
+    if faults:
+        raise ConfigError(faults)
+
+
+def _sources(args: argparse.Namespace) -> tuple[dict[Path, str], list[str]]:
+    """The files to read -> the option that named each; and warnings about what lies beside them."""
+    sources: dict[Path, str] = {}
+    faults: list[str] = []
+    warnings: list[str] = []
+    for option, value in [("--lora_path", args.lora_path), *(("--lora_path_TE", path) for path in args.lora_path_TE)]:
+        try:
+            found = locate(value)
+        except HCPError as error:
+            faults += [f"{option}: {fault}" for fault in error.faults]
+            continue
+        if isinstance(found, StepFiles):
+            parts = {stem: path for stem, path in found.parts.items() if option == "--lora_path" or stem != "unet"}
+            if option == "--lora_path" and args.lora_path_TE:
+                parts = {stem: path for stem, path in parts.items() if stem == "unet"}
+            warnings.append(f"{value}: step {found.step}, {', '.join(path.name for path in parts.values())}")
+            sources.update(dict.fromkeys(parts.values(), option))
+        else:
+            sources[found] = option
+    if faults:
+        raise CheckpointError(faults)
+    return sources, warnings + _left_out(sources)
+
+
+def _left_out(sources: dict[Path, str]) -> list[str]:
+    given = {path.resolve() for path in sources}
+    lines = [f"warning: {other} lies beside {path.name} and is not given: the result has no {stem}. Add --lora_path_TE {other} if it belongs to it."
+             for path in sources for stem, other in beside(path).items() if stem != "unet" and other.resolve() not in given]
+    steps = {split_name(path)[1]: path.name for path in sources if split_name(path)}
+    if len(steps) > 1:
+        lines.append(f"warning: files of different steps are put together: {', '.join(steps.values())}.")
+    return list(dict.fromkeys(lines))
+
+
+if __name__ == "__main__":
+    cli.run(main, parser)
