@@ -54,8 +54,8 @@ class DiscreteObjective:
         return signal * x_t - sigma * pred
 
     def snr(self, t: Tensor) -> Tensor:
-        """(B,) fp32 signal-to-noise ratio a_t / (1 - a_t)."""
-        a = self.alphas_cumprod.to(t.device)[t].float()
+        """(B,) signal-to-noise ratio a_t / (1 - a_t)."""
+        a = self.alphas_cumprod.to(t.device)[t]
         return a / (1 - a)
 
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:

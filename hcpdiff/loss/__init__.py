@@ -1,4 +1,4 @@
-"""Loss per element between prediction and target, always in fp32."""
+"""Loss per element between prediction and target, in the target's dtype (fp32)."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 def make_loss(type: str, delta: float) -> LossFunction:
-    """(pred, target) -> unreduced fp32 loss of the same shape; `delta` is the threshold of huber and smooth_l1."""
+    """(pred, target) -> unreduced loss of the same shape, in target's dtype; `delta` is the threshold of huber and smooth_l1."""
     functions = {
         "mse": F.mse_loss,
         "l1": F.l1_loss,
@@ -18,4 +18,4 @@ def make_loss(type: str, delta: float) -> LossFunction:
         "smooth_l1": partial(F.smooth_l1_loss, beta=delta),
     }
     function = functions[type]
-    return lambda pred, target: function(pred.float(), target.float(), reduction="none")
+    return lambda pred, target: function(pred.to(target.dtype), target, reduction="none")

@@ -23,6 +23,7 @@ class DenoisingStep:
                  dtype: torch.dtype, noise_offset: float = 0.0, min_snr_gamma: float | None = None):
         self.models, self.objective, self.loss_function, self.condition = models, objective, loss, condition
         self.device, self.dtype = device, dtype
+        self.exact = torch.promote_types(torch.float32, dtype)  # of latents, noise, target and loss
         self.noise_offset, self.min_snr_gamma = noise_offset, min_snr_gamma
 
     def latents(self, batch) -> Tensor:
@@ -31,8 +32,8 @@ class DenoisingStep:
             with torch.no_grad():
                 mean, std = self.models.family.posterior(self.models, batch.pixels.to(self.device))
         else:
-            mean, std = batch.latent_mean.to(self.device).float(), batch.latent_std.to(self.device).float()
-        z = mean.float() + std.float() * batch.vae_noise.to(self.device)
+            mean, std = batch.latent_mean.to(self.device), batch.latent_std.to(self.device)
+        z = mean.to(self.exact) + std.to(self.exact) * batch.vae_noise.to(self.device)
         return self.models.family.scale_latent(self.models, z)
 
     def loss(self, batch) -> Tensor:
