@@ -10,7 +10,7 @@ import torch
 from ..errors import DataError
 from . import report as reports
 from .bucket import Buckets, fixed_buckets, ratio_buckets
-from .latent_cache import Encode, Entry, Exchange, MemoryStore
+from .latent_cache import DiskStore, Encode, Entry, Exchange, MemoryStore
 from .loader import StepBatches, step_batches
 from .plan import DatasetPlan, MicroBatch, Plan, Position
 from .sample import Batch, BatchMaker, TrainDataset
@@ -169,9 +169,12 @@ class TrainData:
                 progress(done, total)
 
         for number, data in enumerate(self.datasets):
-            if data.cache != "none":
-                store = self._stores.setdefault(number, MemoryStore())
-                store.fill(data, encode, self.maker.vae_factor, rank, world, exchange, tick)
+            if data.cache == "memory":
+                store = self._stores.setdefault(number, MemoryStore(data, self.maker.vae_factor))
+                store.fill(encode, rank, world, exchange, tick)
+            elif data.cache == "disk":
+                store = self._stores[number] = DiskStore(data.cache_dir, data, vae_id, self.maker.vae_factor)
+                store.fill(encode, rank, world, exchange, tick)
 
     def _attach(self, batch: Batch, micro: MicroBatch) -> Batch:
         """Fill in the cached latents (and masks) of a batch."""

@@ -1,75 +1,106 @@
-"""Latents encoded once and kept: in memory, or on disk under keys made of content.
+"""Latents encoded once and kept: in memory, or on disk under keys made of content (see pack.py for the files).
 
 An entry is what one view of one image encodes to: {"mean": (C,h,w), "std": (C,h,w)} of the VAE's posterior in the dtype that `encode` returns, and
 {"mask": (h,w) fp32} where the source has loss masks. Images are encoded one by one, so that an entry never depends on what was encoded beside it.
 """
 
+import errno
+import hashlib
+import io
+import json
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import DataError
+from .hashes import Content, HashMemo, read_content
+from .image import PIXELS_VERSION, View
+from .pack import FORMAT, PackFolder, PackWriter
 from .sample import TrainDataset, load_views, stack_pixels
+from .source import reason
 
 Entry = dict[str, Tensor]
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # (1,3,H,W) fp32 in [-1,1] -> mean, std (1,C,h,w)
 Exchange = Callable[[Any], list[Any]]  # one object of every rank, in rank order (torch.distributed.all_gather_object)
+Tick = Callable[[int], None]  # told how many images were done
 _ROUND = 64  # images that a rank encodes between two exchanges
+_LOOK_SECONDS = 5.0  # how often to look for what other processes have put into the cache
 
 
 class MemoryStore:
     """Entries of one dataset by (image, view)."""
 
-    def __init__(self) -> None:
+    def __init__(self, data: TrainDataset, factor: int) -> None:
+        self.data, self.factor = data, factor
         self.entries: dict[tuple[int, int], Entry] = {}
 
     def get(self, image: int, view: int) -> Entry:
         """One entry; KeyError if it was never filled in."""
         return self.entries[image, view]
 
-    def fill(self, data: TrainDataset, encode: Encode, factor: int, rank: int, world: int, exchange: Exchange | None, tick: Callable[[int], None]) -> None:
+    def fill(self, encode: Encode, rank: int, world: int, exchange: Exchange | None, tick: Tick) -> None:
         """Encode what is missing. With `exchange`, each rank encodes its share and gets the others'; without, each encodes everything."""
-        images = [image for image in range(len(data)) if (image, 0) not in self.entries]
+        images = [image for image in range(len(self.data)) if (image, 0) not in self.entries]
         shares = [images[number::world] for number in range(world)] if exchange else [images]
         mine = shares[rank if exchange else 0]
-        faults: list[str] = []
+        faults = Faults()
         for start in range(0, max(len(share) for share in shares), _ROUND):
             made = {}
-            for image, views in encoded(data, mine[start:start + _ROUND], encode, factor, faults):
+            for image, views in self._encoded(mine[start:start + _ROUND], encode, faults):
                 made.update({(image, number): entry for number, entry in enumerate(views)})
                 tick(1)
-            for part, part_faults in exchange((made, faults)) if exchange else [(made, faults)]:
+            for part, others in exchange((made, faults)) if exchange else [(made, faults)]:
                 self.entries.update(part)
-                faults = list(dict.fromkeys(faults + part_faults))
-        raise_damaged(faults)
+                faults.add(others)
+        faults.check()
+
+    def _encoded(self, images: Sequence[int], encode: Encode, faults: "Faults") -> Iterator[tuple[int, list[Entry]]]:
+        for image, loaded in in_threads(self._load, images):
+            if isinstance(loaded, DataError):
+                faults.images += loaded.faults
+                continue
+            try:
+                yield image, [make_entry(self.data, image, rgb, mask, encode) for rgb, mask in loaded]
+            except DataError as error:
+                faults.others += error.faults
+
+    def _load(self, image: int) -> list[tuple[np.ndarray, np.ndarray | None]] | DataError:
+        try:
+            return load_views(self.data, image, self.data.views(image), self.factor)
+        except DataError as error:
+            return error
 
 
-def raise_damaged(faults: list[str]) -> None:
-    """One error about all images that could not be encoded."""
-    if faults:
-        raise DataError([f"{len(faults)} images cannot be read. Repair or remove them, or set skip_bad_images: true:\n" + "\n".join(f"  {fault}" for fault in sorted(faults))])
+@dataclass
+class Faults:
+    """What went wrong while caching; collected, so that one rank's fault is told by all and no rank waits for another that has left."""
 
+    images: list[str] = field(default_factory=list)  # those that cannot be read
+    others: list[str] = field(default_factory=list)
 
-def encoded(data: TrainDataset, images: Sequence[int], encode: Encode, factor: int, faults: list[str]) -> Iterator[tuple[int, list[Entry]]]:
-    """(image, an entry per view) in order; decoding runs ahead in threads. Images that cannot be read become faults."""
-    for image, loaded in in_threads(lambda image: _load(data, image, factor), images):
-        if isinstance(loaded, DataError):
-            faults += loaded.faults
-            continue
-        yield image, [make_entry(data, image, rgb, mask, encode) for rgb, mask in loaded]
+    def add(self, more: "Faults") -> None:
+        """Take in another rank's (or our own, once more)."""
+        self.images = list(dict.fromkeys(self.images + more.images))
+        self.others = list(dict.fromkeys(self.others + more.others))
 
-
-def _load(data: TrainDataset, image: int, factor: int) -> list[tuple[np.ndarray, np.ndarray | None]] | DataError:
-    try:
-        return load_views(data, image, data.views(image), factor)
-    except DataError as error:
-        return error
+    def check(self) -> None:
+        """Raise one DataError about all of them, if there are any."""
+        lines = "".join(f"\n  {line}" for line in sorted(self.images))
+        images = [f"{len(self.images)} images cannot be read. Repair or remove them, or set skip_bad_images: true to go on without them:{lines}"]
+        if self.images or self.others:
+            raise DataError(images[:len(self.images)] + self.others)
 
 
 def make_entry(data: TrainDataset, image: int, rgb: np.ndarray, mask: np.ndarray | None, encode: Encode) -> Entry:
@@ -92,3 +123,125 @@ def in_threads(work: Callable[[int], Any], items: Sequence[int], most: int | Non
                 yield done, future.result()
         for done, future in waiting:
             yield done, future.result()
+
+
+def entry_key(image: bytes, mask: bytes | None, view: View, background: Sequence[int], vae_id: str) -> bytes:
+    """Name of an entry: everything that its content depends on, and nothing else, so it cannot be stale."""
+    parts = {"format": FORMAT, "pixels": PIXELS_VERSION, "pillow": PIL.__version__, "image": image.hex(), "mask": mask.hex() if mask else None, "vae": vae_id,
+             "size": [view.width, view.height], "position": round(view.position, 6), "flip": view.flip, "background": list(background)}
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode("utf-8"), digest_size=32).digest()
+
+
+Digests = tuple[bytes, bytes | None]  # of an image, of its mask
+
+
+class DiskStore:
+    """Entries of one dataset in a folder that any number of runs and processes share."""
+
+    def __init__(self, folder: str | Path, data: TrainDataset, vae_id: str, factor: int):
+        self.data, self.vae_id, self.factor = data, vae_id, factor
+        self.packs = PackFolder(Path(folder) / f"latents-{FORMAT}")
+        self.memo = HashMemo(Path(folder) / "hashes-1.bin")
+        self.digests: dict[int, Digests] = {}
+        self.encoded = 0  # images encoded by this process, for tests and the log
+        self._looked = time.monotonic()
+
+    def keys(self, image: int) -> list[bytes]:
+        """Key of each view of an image."""
+        return [self.key(image, view) for view in self.data.views(image)]
+
+    def key(self, image: int, view: View) -> bytes:
+        """Key of one view; the image's content must be known."""
+        return entry_key(*self.digests[image], view, self.data.source_of(image)[0].bg_color, self.vae_id)
+
+    def get(self, image: int, view: int) -> Entry:
+        """One entry. Every read is checked against the entry's digest."""
+        entry = self._entry(self.key(image, self.data.views(image)[view]))
+        if entry is None:
+            raise DataError(f"{self.packs.folder}: the latents of {self.data.image_id(image)} were damaged or removed while training. Start again: they are made anew.")
+        return entry
+
+    def _entry(self, key: bytes) -> Entry | None:
+        payload = self.packs.get(key)
+        if payload is None:
+            return None
+        try:
+            return safetensors.torch.load(payload)
+        except SafetensorError:
+            return None
+
+    def fill(self, encode: Encode, rank: int, world: int, exchange: Exchange | None, tick: Tick) -> None:
+        """Encode what is missing or damaged. With `exchange` each rank does its share; what another could not leave in this folder is made here."""
+        images, faults = list(range(len(self.data))), Faults()
+        self._fill(images[rank::world] if exchange else images, encode, faults, tick)
+        if exchange:
+            for digests, others in exchange((self.digests, faults)):
+                self.digests.update(digests)
+                faults.add(others)
+        faults.check()
+        self.packs.refresh()
+        absent = [image for image in images if any(key not in self.packs for key in self.keys(image))]
+        self._fill(absent, encode, faults, lambda count: None)  # only where ranks do not share a file system
+        faults.check()
+        self.packs.touch_used()
+
+    def _fill(self, images: Sequence[int], encode: Encode, faults: Faults, tick: Tick) -> None:
+        if not images:
+            return
+        try:
+            with PackWriter(self.packs) as writer:
+                for image, found in in_threads(self._look, images):
+                    if isinstance(found, DataError):
+                        faults.images += found.faults
+                    else:
+                        self._keep(image, *found, encode, writer, faults)
+                        tick(1)
+            self.memo.save()
+        except OSError as error:
+            faults.others.append(f"cache_dir = {str(self.packs.folder.parent)!r} cannot be written ({_why(error)}). Give another cache_dir, or cache_latents: memory.")
+
+    def _look(self, image: int) -> tuple[Digests, list[tuple[np.ndarray, np.ndarray | None]]] | DataError:
+        """(digests, pixels of each view, or none if all its entries are there and whole). Runs in threads."""
+        source, number = self.data.source_of(image)
+        paths = [source.path(number)] + ([source.masks[number]] if source.masks else [])
+        known = [self.memo.digest(path) for path in paths]
+        if all(known) and self._whole(image, (*known, None)[:2]):
+            return (*known, None)[:2], []
+        contents: list[Content] = []
+        for path in paths:
+            try:
+                contents.append(read_content(path))
+            except OSError as error:
+                return DataError(f"{path}: {reason(error, path)}")
+        digests = (*(content.digest for content in contents), None)[:2]
+        loaded = []
+        if not self._whole(image, digests):
+            try:
+                loaded = load_views(self.data, image, self.data.views(image), self.factor, *(io.BytesIO(content.raw) for content in contents))
+            except DataError as error:
+                return error
+        for path, content in zip(paths, contents):  # only now: a remembered file is one that could be decoded
+            self.memo.remember(path, content)
+        return digests, loaded
+
+    def _whole(self, image: int, digests: Digests) -> bool:
+        background = self.data.source_of(image)[0].bg_color
+        return all(self._entry(entry_key(*digests, view, background, self.vae_id)) is not None for view in self.data.views(image))
+
+    def _keep(self, image: int, digests: Digests, loaded: list[tuple[np.ndarray, np.ndarray | None]], encode: Encode, writer: PackWriter, faults: Faults) -> None:
+        """Encode and write what was found missing, unless another image or process has brought it meanwhile."""
+        self.digests[image] = digests
+        if loaded and time.monotonic() - self._looked > _LOOK_SECONDS:
+            self.packs.refresh()
+            self._looked = time.monotonic()
+        missing = [(key, *pair) for key, pair in zip(self.keys(image), loaded) if key not in writer.pending and key not in self.packs]
+        try:
+            for key, rgb, mask in missing:
+                writer.add(key, safetensors.torch.save(make_entry(self.data, image, rgb, mask, encode)))
+        except DataError as error:
+            faults.others += error.faults
+        self.encoded += bool(missing)
+
+
+def _why(error: OSError) -> str:
+    return "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)

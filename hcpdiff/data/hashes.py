@@ -1,0 +1,102 @@
+"""Content hashes of files, remembered by what the file system says of them, as git does. No torch here.
+
+A file counts as unchanged while path, device, inode, size, mtime and ctime are the same. ctime cannot be set back, so an edit that keeps size and
+mtime is seen too; a file touched less than two seconds before it was hashed is not remembered, since a second edit could fall into the same
+tick of the clock. Windows has no such ctime: there every file is hashed at each start.
+"""
+
+import hashlib
+import os
+import struct
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .pack import write_whole
+
+_MAGIC = b"HCPHASH1"
+_HEAD = struct.Struct("<8sQ32s")
+_RECORD = np.dtype([("path", "V16"), ("size", "<i8"), ("mtime", "<i8"), ("ctime", "<i8"), ("inode", "<u8"), ("device", "<u8"), ("digest", "V32")])
+_RACY_NS = 2_000_000_000
+_TRUSTED = os.name == "posix"
+
+
+class Content(NamedTuple):
+    """A file as read: its bytes and their digest; `state` is what the file system said before and after, None if it changed meanwhile."""
+
+    raw: bytes
+    digest: bytes
+    state: tuple[int, ...] | None
+
+
+def content_digest(raw: bytes) -> bytes:
+    """32 bytes that stand for the content."""
+    return hashlib.blake2b(raw, digest_size=32).digest()
+
+
+def read_content(path: str | Path) -> Content:
+    """Read and hash a file."""
+    before = _state(os.stat(path))
+    raw = Path(path).read_bytes()
+    after = _state(os.stat(path))
+    settled = before == after and time.time_ns() - max(after[1], after[2]) > _RACY_NS
+    return Content(raw, content_digest(raw), after if settled and _TRUSTED else None)
+
+
+def _state(stat: os.stat_result) -> tuple[int, int, int, int, int]:
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino % 2**64, stat.st_dev % 2**64
+
+
+class HashMemo:
+    """Remembered digests, kept in one file that is replaced whole. Losing it costs time, never correctness."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._known = self._load()
+        self._new: dict[bytes, tuple[tuple[int, ...], bytes]] = {}
+
+    def _load(self) -> dict[bytes, tuple[tuple[int, ...], bytes]]:
+        try:
+            raw = self.path.read_bytes()
+        except OSError:
+            return {}
+        if len(raw) < _HEAD.size:
+            return {}
+        magic, count, digest = _HEAD.unpack_from(raw)
+        body = raw[_HEAD.size:]
+        if magic != _MAGIC or len(body) != count * _RECORD.itemsize or hashlib.blake2b(body, digest_size=32).digest() != digest:
+            return {}
+        rows = np.frombuffer(body, dtype=_RECORD).tolist()
+        return {bytes(path): (tuple(state), bytes(found)) for path, *state, found in rows}
+
+    def digest(self, path: str | Path) -> bytes | None:
+        """The file's digest if it is remembered and the file looks unchanged."""
+        name = _name(path)
+        known = self._new.get(name) or self._known.get(name)
+        if known is None or not _TRUSTED:
+            return None
+        try:
+            return known[1] if _state(os.stat(path)) == known[0] else None
+        except OSError:
+            return None
+
+    def remember(self, path: str | Path, content: Content) -> None:
+        """Keep a digest for the next time."""
+        if content.state is not None:
+            self._new[_name(path)] = (content.state, content.digest)
+
+    def save(self) -> None:
+        """Write what is new, beside what other processes have written meanwhile."""
+        if not self._new:
+            return
+        self._known = {**self._load(), **self._new}
+        self._new = {}
+        records = np.array([(name, *state, digest) for name, (state, digest) in self._known.items()], dtype=_RECORD)
+        body = records.tobytes()
+        write_whole(self.path, _HEAD.pack(_MAGIC, len(records), hashlib.blake2b(body, digest_size=32).digest()) + body)
+
+
+def _name(path: str | Path) -> bytes:
+    return hashlib.blake2b(os.path.abspath(path).encode("utf-8", "surrogateescape"), digest_size=16).digest()

@@ -1,0 +1,211 @@
+"""Many small entries in few files, shared by processes: packs that are written once, and an index beside each that is renamed into place last.
+
+`<name>.pack` is payloads end to end. `<name>.idx` is a 64-byte head (magic, format, count, digest of the records) and 64-byte records (key, offset,
+length, digest of the payload). A pack without a whole index does not exist for readers, so a killed writer leaves nothing half. Nothing is ever
+changed in place: an entry that is found damaged is written again into a newer pack, and newer packs win. No torch here.
+"""
+
+import hashlib
+import os
+import secrets
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+FORMAT = 1
+_MAGIC = b"HCPPACK\n"
+_HEAD = struct.Struct("<8sIIQ32s8x")
+_RECORD = np.dtype([("key", "V32"), ("offset", "<u8"), ("length", "<u8"), ("digest", "V16")])
+_PACK_BYTES, _PACK_SECONDS = 128 << 20, 30.0  # a kill loses at most this much work
+_TEMP = ".tmp"
+STALE_SECONDS = 86400.0  # a temporary file this old belongs to no living writer
+
+
+def payload_digest(payload: bytes) -> bytes:
+    """16 bytes that tell a damaged payload from a whole one."""
+    return hashlib.blake2b(payload, digest_size=16).digest()
+
+
+class PackFolder:
+    """The entries of a folder's packs. Reading is safe in threads, and beside any number of writing processes."""
+
+    def __init__(self, folder: str | Path, only: str = "*.idx"):
+        self.folder, self._pattern = Path(folder), only
+        self.foreign: list[str] = []  # indexes that are damaged or of another format
+        self._where: dict[bytes, tuple[str, int, int, bytes]] = {}  # key -> pack, offset, length, digest
+        self._read: set[str] = set()
+        self._used: set[str] = set()
+        self._lock = threading.Lock()
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._where
+
+    def keys(self) -> list[bytes]:
+        """Keys of all entries."""
+        return list(self._where)
+
+    def refresh(self) -> None:
+        """Take in packs that have appeared since."""
+        with self._lock:
+            for path in sorted(self.folder.glob(self._pattern)):  # names begin with their time: newer ones come later and win
+                if path.name not in self._read:
+                    self._read.add(path.name)
+                    records = read_index(path)
+                    if records is None:
+                        self.foreign.append(path.name)
+                    else:
+                        self._add(path.stem + ".pack", records)
+
+    def _add(self, pack: str, records: np.ndarray) -> None:
+        columns = (records["key"].tolist(), records["offset"].tolist(), records["length"].tolist(), records["digest"].tolist())
+        self._where.update({bytes(key): (pack, offset, length, bytes(digest)) for key, offset, length, digest in zip(*columns)})
+
+    def get(self, key: bytes) -> bytes | None:
+        """An entry's payload; None if it is not there or damaged (then it counts as not there from now on)."""
+        place = self._where.get(key)
+        if place is None:
+            return None
+        pack, offset, length, digest = place
+        try:  # plain reads: a mapped file that is cut short under us would kill the process
+            with open(self.folder / pack, "rb") as file:
+                file.seek(offset)
+                payload = file.read(length)
+        except OSError:
+            payload = b""
+        if len(payload) != length or payload_digest(payload) != digest:
+            with self._lock:
+                if self._where.get(key) == place:
+                    del self._where[key]
+            return None
+        self._used.add(pack)
+        return payload
+
+    def touch_used(self) -> None:
+        """Note on the files that they are in use, for prune."""
+        for pack in self._used:
+            touch(self.folder / pack)
+        self._used.clear()
+
+
+def touch(path: Path) -> None:
+    """Set a file's time to now, if it is there and ours."""
+    try:
+        os.utime(path)
+    except OSError:  # another user's cache: it is only not kept alive by us
+        return
+
+
+def read_index(path: Path) -> np.ndarray | None:
+    """Records of an index; None if it is damaged, unreadable or of another format."""
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        return None
+    if len(raw) < _HEAD.size:
+        return None
+    magic, form, size, count, digest = _HEAD.unpack_from(raw)
+    body = raw[_HEAD.size:]
+    if magic != _MAGIC or form != FORMAT or size != _RECORD.itemsize or len(body) != count * size or hashlib.blake2b(body, digest_size=32).digest() != digest:
+        return None
+    return np.frombuffer(body, dtype=_RECORD)
+
+
+class PackWriter:
+    """Adds entries to a folder; what was added is there for readers once a pack is full, some seconds old, or the writer is closed."""
+
+    def __init__(self, folder: PackFolder, pack_bytes: int = _PACK_BYTES, pack_seconds: float = _PACK_SECONDS):
+        self.folder, self.pack_bytes, self.pack_seconds = folder, pack_bytes, pack_seconds
+        folder.folder.mkdir(parents=True, exist_ok=True)
+        self.pending: dict[bytes, tuple[int, int, bytes]] = {}
+        self._file = None
+        self._name = ""
+        self._size, self._since = 0, 0.0
+
+    def __enter__(self) -> "PackWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, OSError):
+            self._discard()
+        else:
+            self.publish()
+
+    def add(self, key: bytes, payload: bytes) -> None:
+        """Append one entry (32-byte key)."""
+        if self._file is None:
+            self._name = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
+            self._file = open(self.folder.folder / f"{self._name}.pack{_TEMP}", "wb")
+            self._size, self._since = 0, time.monotonic()
+        self._file.write(payload)
+        self.pending[key] = (self._size, len(payload), payload_digest(payload))
+        self._size += len(payload)
+        if self._size >= self.pack_bytes or time.monotonic() - self._since >= self.pack_seconds:
+            self.publish()
+
+    def publish(self) -> None:
+        """Make the entries added so far visible, to this folder object and to all others."""
+        if self._file is None:
+            return
+        base = self.folder.folder / self._name
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError:
+            self._discard()
+            raise
+        self._file = None
+        os.replace(f"{base}.pack{_TEMP}", f"{base}.pack")
+        records = np.array([(key, *place) for key, place in self.pending.items()], dtype=_RECORD)
+        body = records.tobytes()
+        head = _HEAD.pack(_MAGIC, FORMAT, _RECORD.itemsize, len(records), hashlib.blake2b(body, digest_size=32).digest())
+        write_whole(Path(f"{base}.idx"), head + body)
+        self.pending.clear()
+        self.folder.refresh()
+
+    def _discard(self) -> None:
+        """Give up what was not published, for instance because the disk is full."""
+        if self._file is None:
+            return
+        try:
+            self._file.close()
+        except OSError:  # closing writes out the buffer: the failure that brought us here, once more
+            pass
+        finally:
+            self.pending.clear()
+            self._file = None
+            (self.folder.folder / f"{self._name}.pack{_TEMP}").unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    temp = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_TEMP}")
+    try:
+        with open(temp, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def leftovers(folder: Path, now: float) -> Iterator[Path]:
+    """Files that no reader will ever use: old temporary files, old packs without an index, indexes without a pack."""
+    for path in folder.glob("*"):
+        old = now - path.stat().st_mtime > STALE_SECONDS
+        if path.name.endswith(_TEMP) and old:
+            yield path
+        elif path.suffix == ".pack" and old and not path.with_suffix(".idx").exists():
+            yield path
+        elif path.suffix == ".idx" and not path.with_suffix(".pack").exists():
+            yield path
