@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 from ..families import webui
 from ..families.webui import WebuiFamily
 from ..lora_tensors import LoraTensors
-from .format import META_BASE_VERSION, LoraFile, alpha_tensor
+from .format import COMPONENTS, META_BASE_VERSION, LoraFile, alpha_tensor
 from .lora_parse import StoredLora
 
 Layers = Mapping[str, Mapping[str, LoraTensors]]  # component -> module path -> tensors
@@ -183,4 +183,4 @@ def join(files: Iterable[tuple[Path, LoraFile]]) -> dict[str, dict[str, LoraTens
                 layers[component][layer] = lora
     if clashes:
         raise CheckpointError([f"{a} and {b} both hold {len(names)} layers ({names[0]} …): each part is given once." for (a, b), names in clashes.items()])
-    return layers
+    return {component: layers[component] for component in COMPONENTS if component in layers}

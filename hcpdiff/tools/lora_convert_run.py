@@ -117,7 +117,7 @@ def _may_write(paths: list[Path], files: Files, overwrite: bool) -> None:
 
 
 def _print_table(console: Console, layers: Layers) -> None:
-    table = Table("part", "layers", "Linear", "conv 1x1", "conv 3x3", "rank", "alpha", "dtype")
+    table = Table("part", "layers", "Linear", "1x1", "3x3", "rank", "alpha", "dtype")
     table.columns[0].no_wrap, table.columns[0].min_width = True, max(map(len, layers))
     for component, named in layers.items():
         loras = list(named.values())
