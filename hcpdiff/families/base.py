@@ -94,12 +94,13 @@ class Family(Protocol):
     """What the trainer, the visualizer and the converter ask of a model family. Stateless; state is in Models."""
 
     name: str
-    vae_factor: int
-    latent_channels: int
     components: tuple[Component, ...]
 
     def load(self, folder: Path, name: str, parts: Sequence[str], dtype: torch.dtype, vae: str | None = None, variant: str | None = None) -> Models:
         """Reads the named parts, frozen and in eval mode, on the CPU in `dtype` (the VAE in fp32)."""
+
+    def latent_geometry(self, folder: Path) -> tuple[int, int]:
+        """(pixels per latent cell and side, latent channels) of a diffusers folder."""
 
     def aliases(self, component: str, path: str) -> tuple[str, ...]:
         """The names under which a module of a component may be called in a pattern."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import clip_text
 from .base import Component, Conditioning, Models, Tokens
-from .source import check_complete, load_whole
+from .source import check_complete, load_whole, read_json
 
 
 class StableDiffusion:
@@ -16,8 +16,6 @@ class StableDiffusion:
 
     name = "sd"
     pipeline = "StableDiffusionPipeline"
-    vae_factor = 8
-    latent_channels = 4
     components = (
         Component("unet", "lora_unet", "unet", "lora_unet"),
         Component("text_encoder", "lora_text_encoder", "text_encoder", "lora_te"),
@@ -58,6 +56,11 @@ class StableDiffusion:
         from diffusers import DDPMScheduler
 
         return dict(DDPMScheduler.load_config(folder / "scheduler"))
+
+    def latent_geometry(self, folder: Path) -> tuple[int, int]:
+        """(pixels per latent cell and side, latent channels) from the VAE's config; 8 and 4 for every published model."""
+        config = read_json(folder / "vae" / "config.json")
+        return 2 ** (len(config["block_out_channels"]) - 1), config["latent_channels"]
 
     def aliases(self, component: str, path: str) -> tuple[str, ...]:
         """Text-encoder modules are known with and without `text_model.`."""

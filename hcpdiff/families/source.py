@@ -74,10 +74,15 @@ def read_index(folder: Path, key: str = "model.pretrained_model_name_or_path") -
     if not path.is_file():
         raise ConfigError(f"{key} = {str(folder)!r} has no model_index.json, so it is no diffusers model. It holds: "
                           f"{', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}.")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file of a model folder."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}.") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}.") from error
 
 
 def check_complete(folder: Path, parts: list[str], key: str = "model.pretrained_model_name_or_path") -> None:

@@ -41,6 +41,7 @@ class Run:
         self.device, self.started = parallel.device, time.monotonic()
         self.dtype = machine.compute_dtype(self.cfg.mixed_precision, self.device)
         self.accumulation = self.cfg.train.gradient_accumulation_steps
+        self.geometry = (8, 4)  # of every usual model; only faults of the data depend on it before the model is found
         self.log = LoggerGroup([])
 
     def train(self) -> Path:
@@ -92,6 +93,7 @@ class Run:
         model = self.cfg.model
         self.base, notices = resolve(model.pretrained_model_name_or_path, model.revision, model.variant)
         self.family = detect(self.base)
+        self.geometry = self.family.latent_geometry(self.base)
         for notice in notices:
             self.log.say(f"note: {notice}")
 
@@ -102,10 +104,7 @@ class Run:
             self.resumed = load_state(self.folder)
 
     def _index_data(self) -> None:
-        family = getattr(self, "family", None)
-        if family is None:  # the model's fault is already noted; the data's faults do not depend on it
-            from ..families.sd import StableDiffusion as family
-        self.data = build_train_data(self.cfg.data, seed=self.cfg.seed, vae_factor=family.vae_factor, latent_channels=family.latent_channels,
+        self.data = build_train_data(self.cfg.data, seed=self.cfg.seed, vae_factor=self.geometry[0], latent_channels=self.geometry[1],
                                      micro_per_step=self.parallel.world * self.accumulation, workers=self.cfg.train.workers)
 
     def _load_model(self) -> None:
@@ -113,6 +112,8 @@ class Run:
         name = model.pretrained_model_name_or_path if not Path(model.pretrained_model_name_or_path).exists() else self.base.resolve().name
         parts = [*(component.name for component in self.family.components), "vae"]
         self.models = self.family.load(self.base, name, parts, self.dtype, model.vae, model.variant)
+        if model.prediction_type != "auto":
+            self.models.scheduler_config = {**self.models.scheduler_config, "prediction_type": model.prediction_type}
         self.base_mark = fingerprint(self.models.unet)
         self.attention = self._attention()
         if model.clip_skip >= self.models.text_encoder.config.num_hidden_layers:
@@ -211,8 +212,7 @@ class Run:
     # -- the trainer ------------------------------------------------------------------------------------------------------------------
 
     def _prediction(self) -> str:
-        choice = self.cfg.model.prediction_type
-        return choice if choice != "auto" else self.models.scheduler_config.get("prediction_type", "epsilon")
+        return self.models.scheduler_config.get("prediction_type", "epsilon")
 
     def _objective(self) -> DiscreteObjective:
         train, prediction = self.cfg.train, self._prediction()
@@ -273,8 +273,7 @@ class Run:
         from ..vis.preview import draw_previews
 
         size = self.data.first_size()
-        return draw_previews(self.models, self.cfg.preview, width=self.cfg.preview.width or size[0], height=self.cfg.preview.height or size[1],
-                             repeats=self.cfg.model.tokenizer_repeats, clip_skip=self.cfg.model.clip_skip, prediction_type=self._prediction())
+        return draw_previews(self.models, self.family, self.cfg.preview, width=size[0], height=size[1], clip_skip=self.cfg.model.clip_skip)
 
     def _metadata(self) -> dict[str, str]:
         cfg = self.cfg
