@@ -1,0 +1,172 @@
+"""The loop on a toy problem: accumulation, skipped steps, states that restore, the run folder."""
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from hcpdiff.checkpoint.resume import find_run, load_state, save_state, states
+from hcpdiff.errors import CheckpointError, ConfigError, NonFiniteError
+from hcpdiff.train.folder import claim
+from hcpdiff.train.optim import Gradients, optimizer_groups, weights_for_use
+from hcpdiff.train.trainer import Hook, Trainer
+from hcpdiff.trainables.lora import ParamGroup
+
+
+@dataclass
+class Place:
+    epoch: int
+    chunk: int
+
+
+class ToyFeed:
+    """Batch i of step s is the number s * 10 + i; `bad` steps give infinity."""
+
+    def __init__(self, micro=2, bad=()):
+        self.micro, self.bad = micro, bad
+
+    def batches(self, start, rank, world, first_index, count):
+        for step in range(first_index, first_index + count):
+            scale = math.inf if step in self.bad else 1.0
+            yield step, [Place(step // 4, step % 4)], [torch.full((3,), scale * (step * 10 + i) / 50) for i in range(self.micro)]
+
+
+def toy(steps=6, bad=(), hooks=(), fp16=False, max_nonfinite=3, make=torch.optim.AdamW):
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(3))
+    group = ParamGroup("w", 0.1, (weight,))
+    gradients = Gradients([group], torch.device("cpu"))
+    trainer = Trainer(feed=ToyFeed(bad=bad), loss=lambda x: ((weight - x) ** 2).sum() / 2, gradients=gradients, optimizer=make(optimizer_groups([group], 1.0)),
+                      lr_factor=lambda step: 1 / (step + 1), parallel=SimpleNamespace(rank=0, world=1, sum_=lambda t: t), hooks=hooks, total_steps=steps,
+                      max_grad_norm=1.0, max_nonfinite=max_nonfinite, fp16=fp16)
+    trainer.state.positions = [Place(0, 0)]
+    return trainer, weight
+
+
+def test_the_loop_is_the_plain_loop():
+    trainer, weight = toy()
+    torch.manual_seed(0)
+    twin = nn.Parameter(torch.randn(3))
+    optimizer, losses = torch.optim.AdamW([twin], lr=0.1), []
+    for step in range(6):
+        optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+        optimizer.zero_grad()
+        loss = sum(((twin - (step * 10 + i) / 50) ** 2).sum() / 2 for i in range(2))
+        loss.backward()
+        nn.utils.clip_grad_norm_([twin], 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    trainer.fit()
+    torch.testing.assert_close(weight, twin)
+    records = trainer.take_records()
+    assert [step for step, _ in records] == [1, 2, 3, 4, 5, 6]
+    assert [values["loss"] for _, values in records] == pytest.approx(losses)
+    assert [values["lr/w"] for _, values in records] == pytest.approx([0.1 / n for n in range(1, 7)])
+    assert trainer.take_records() == []
+
+
+def test_a_non_finite_step_changes_nothing_and_is_counted():
+    seen = {}
+
+    class Watch(Hook):
+        def on_step_end(self, trainer):
+            seen[trainer.state.step] = (weight.detach().clone(), trainer.optimizer.state_dict()["state"][0]["step"].item())
+
+    trainer, weight = toy(bad=(2, 4), hooks=[Watch()])
+    trainer.fit()
+    assert torch.equal(seen[2][0], seen[3][0]) and seen[2][1] == seen[3][1] and not torch.equal(seen[3][0], seen[4][0])
+    assert trainer.state.skipped == 2 and trainer.state.skipped_in_row == 0 and torch.isfinite(weight).all()
+
+
+def test_too_many_in_a_row_stop_the_run_with_a_code_of_their_own():
+    trainer, weight = toy(bad=(1, 2, 3))
+    with pytest.raises(NonFiniteError, match="3 steps in a row") as caught:
+        trainer.fit()
+    assert caught.value.exit_code == 3 and torch.isfinite(weight).all()
+
+
+def test_fp16_overflow_halves_the_scale_and_is_no_fault():
+    trainer, _ = toy(bad=(1, 2, 3, 4), fp16=True)
+    trainer.fit()
+    assert trainer.loss_scale.value == 65536 / 16 and trainer.state.skipped == 4 and trainer.state.skipped_in_row == 0
+
+
+def test_the_loss_scale_does_not_change_the_result():
+    plain, scaled = toy()[0], toy(fp16=True)[0]
+    plain.fit(), scaled.fit()
+    torch.testing.assert_close(plain.gradients.parameters[0], scaled.gradients.parameters[0])
+
+
+def test_epochs_are_announced_also_inside_one():
+    epochs = []
+
+    class Watch(Hook):
+        def on_epoch_begin(self, trainer, epoch):
+            epochs.append((trainer.state.step, epoch))
+
+    toy(steps=9, hooks=[Watch()])[0].fit()
+    assert epochs == [(0, 0), (5, 1)]
+
+
+TREES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(st.text(max_size=5) | st.integers(0, 99), inner, max_size=3), max_leaves=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(TREES)
+def test_states_come_back_as_they_were(tmp_path_factory, tree):
+    run = tmp_path_factory.mktemp("run")
+    tensors = {"a": torch.randn(2, 3), "b": [torch.tensor(5, dtype=torch.int64), torch.zeros(0)]}
+    save_state(run, 7, {"tree": tree, "tensors": tensors, "step": 7}, keep=2)
+    back = load_state(run)
+    assert back["tree"] == tree and type(back["tree"]) is type(tree)
+    assert torch.equal(back["tensors"]["a"], tensors["a"]) and torch.equal(back["tensors"]["b"][0], tensors["b"][0])
+
+
+def test_only_the_newest_states_are_kept_and_the_newest_is_loaded(tmp_path):
+    for step in (1, 5, 10):
+        save_state(tmp_path, step, {"step": step}, keep=2)
+    assert states(tmp_path) == [5, 10] and load_state(tmp_path)["step"] == 10
+    assert not list((tmp_path / "states").glob(".*"))
+
+
+def test_a_state_that_cannot_be_held_or_read_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be resumed"):
+        save_state(tmp_path, 1, {"x": object()}, keep=2)
+    assert states(tmp_path) == []
+    with pytest.raises(ConfigError, match="holds no training state"):
+        load_state(tmp_path)
+    with pytest.raises(ConfigError, match="no such folder"):
+        find_run(str(tmp_path / "nowhere"))
+
+
+def test_latest_is_the_newest_resumable_run(tmp_path):
+    (tmp_path / "c").mkdir()
+    for name in ("b", "a"):
+        save_state(tmp_path / name, 3, {"step": 3}, keep=1)
+    assert find_run("latest", tmp_path).name == "a"
+
+
+def test_a_chosen_folder_must_be_new_and_an_automatic_one_gets_a_suffix(tmp_path):
+    chosen = tmp_path / "run"
+    claim(str(chosen), automatic=False)
+    with pytest.raises(ConfigError, match="not empty.*train.resume"):
+        claim(str(chosen), automatic=False)
+    assert claim(str(chosen), automatic=True).name == "run-2"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be made"):
+        claim(str(tmp_path / "file" / "run"), automatic=False)
+
+
+def test_schedule_free_optimizers_show_their_other_weights(monkeypatch):
+    calls = []
+    optimizer = SimpleNamespace(eval=lambda: calls.append("eval"), train=lambda: calls.append("train"))
+    with weights_for_use(optimizer):
+        calls.append("use")
+    assert calls == ["eval", "use", "train"]
