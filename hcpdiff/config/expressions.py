@@ -47,6 +47,11 @@ def parse(text: str) -> list["str | Expression"]:
     return _Scanner(text).outside()
 
 
+def first(text: str, start: int) -> Expression:
+    """The expression whose opening bracket stands at `start`; ExpressionError when it does not end."""
+    return _Scanner(text).inside(start)
+
+
 class _Scanner:
     def __init__(self, text: str):
         self.text, self.depth = text, 0

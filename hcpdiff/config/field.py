@@ -11,7 +11,8 @@ class Key:
     """What a schema field says beyond its annotation.
 
     ge / gt / le / lt bound numbers; `choices` lists the allowed values; `slot` names what a `_target_` mapping in this place must
-    build (see `config.build`); `path` marks text that names a file or folder; `yaml` is the key's spelling in YAML where Python
+    build (see `config.build`); `path` marks text that names a file or folder, `exists` that it must be there: 'file', 'folder', 'either', 'model' (a
+    folder or hub id), 'carried' (a file in one of the three places of `config.read.places`); `words` are texts that name no path; `yaml` is the key's spelling in YAML where Python
     cannot spell it (`_target_`); `aliases` are other spellings that mean the same.
     """
 
@@ -25,6 +26,8 @@ class Key:
     lt: float | None = None
     slot: str | None = None
     path: bool = False
+    exists: str | None = None
+    words: tuple[str, ...] = ()
     yaml: str | None = None
     aliases: tuple[str, ...] = ()
 

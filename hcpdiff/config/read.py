@@ -10,6 +10,7 @@ from ..errors import ConfigError
 from .tree import Map, Node, Origin, Seq, Text, Word, at
 
 MOST_NODES = 100_000  # a config has hundreds; anchors that multiply reach this at once
+DEEPEST = 40
 PACKAGE = Path(__file__).resolve().parents[1]
 TAG = "tag:yaml.org,2002:"
 
@@ -107,6 +108,8 @@ class _Converter:
         self.count += 1
         if self.count > MOST_NODES:
             raise ConfigError(f"{origin.file or origin} grows beyond {MOST_NODES} values by its anchors")
+        if len(self.open) > DEEPEST:
+            raise ConfigError(f"{origin.file or origin} is nested more than {DEEPEST} deep")
         if id(node) in self.open:
             self.fault(node, "an anchor that contains itself")
             return at(Word(""), origin)

@@ -4,9 +4,12 @@ Annotations used: int, float, bool, str, Literal, X | None, list[X], dict[str, X
 that is built from `_target_`. `REQUIRED` keys have no default.
 """
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from . import legacy
 from .field import key
 
 
@@ -14,7 +17,7 @@ from .field import key
 class LoraGroup:
     """One group of adapted layers: which layers, and with what rank, strength and learning rate."""
 
-    lr: float = key(doc="Learning rate of this group.", zh="该组的学习率。", gt=-1e-30)
+    lr: float = key(doc="Learning rate of this group.", zh="该组的学习率。", ge=0)
     rank: int | float = key(4, "Rank of the LoRA. Below 1: that share of the layer's output width; 4.0 means 4.",
                             "LoRA 的秩。小于 1 时表示输出宽度的比例；4.0 等同于 4。", gt=0)
     alpha: float | None = key(None, "LoRA alpha; the effective scale is alpha / rank. null: alpha = rank.",
@@ -27,16 +30,28 @@ class LoraGroup:
     exclude: list[str] = key([], "Patterns, as in layers, of what to leave out.", "要排除的层，写法同 layers。")
     type: Literal["lora"] = key("lora", "The adapter method.", "适配器类型。")
 
+    def check(self) -> Iterator[str]:
+        """Faults that the types cannot tell: no layers, patterns that are no regular expressions."""
+        if not self.layers:
+            yield "layers is empty: name at least one layer, such as 're:.*\\.attn.?$'"
+        for name in ("layers", "exclude"):
+            for index, pattern in enumerate(getattr(self, name)):
+                yield from (f"{name}[{index}] {fault}" for fault in pattern_faults(pattern))
+        if self.rank >= 1 and self.rank != int(self.rank):
+            yield f"rank = {self.rank} must be a whole number, or a share below 1"
+
 
 @dataclass
 class ModelConfig:
     """The base model."""
 
+    REMOVED: ClassVar = legacy.MODEL
+
     pretrained_model_name_or_path: str = key(
-        doc="Base model in diffusers format: a local folder or a hub id.", zh="底模（diffusers 格式）：本地文件夹或 huggingface 上的模型名。")
+        doc="Base model in diffusers format: a local folder or a hub id.", zh="底模（diffusers 格式）：本地文件夹或 huggingface 上的模型名。", exists="model")
     revision: str | None = key(None, "Branch, tag or commit on the hub.", "hub 上的分支、标签或提交。")
     variant: str | None = key(None, "Weight variant on the hub or in the folder, such as fp16.", "权重变体，例如 fp16。")
-    vae: str | None = key(None, "Another VAE in diffusers format: a folder or hub id.", "替换 VAE：文件夹或模型名（diffusers 格式）。")
+    vae: str | None = key(None, "Another VAE in diffusers format: a folder or hub id.", "替换 VAE：文件夹或模型名（diffusers 格式）。", exists="model")
     tokenizer_repeats: int = key(1, "How many chunks of 75 tokens a prompt may fill.", "提示词长度的倍数，1 倍为 75 个 token。", ge=1, le=16, unit="75 tokens")
     clip_skip: int = key(0, "How many of the text encoder's last layers to skip; 0 = use the last layer (webui's 1).",
                          "跳过文本编码器最后几层；0 表示用最后一层（即 webui 的 1）。", ge=0)
@@ -49,13 +64,15 @@ class ModelConfig:
     noise_scheduler: dict | None = key(None, "Another noise schedule for training, by _target_ (a diffusers scheduler). null: the base model's.",
                                        "训练用的噪声调度器（_target_）。null 用底模自带的。", slot="noise_scheduler")
     init_lora: str | None = key(None, "Start the UNet's LoRA from this file (ours, webui/kohya, PEFT, ancestor).",
-                                "UNet 的 LoRA 从该文件继续训练（支持本框架、webui/kohya、PEFT 与旧版格式）。", path=True)
-    init_lora_TE: str | None = key(None, "Start the text encoder's LoRA from this file.", "文本编码器的 LoRA 从该文件继续训练。", path=True)
+                                "UNet 的 LoRA 从该文件继续训练（支持本框架、webui/kohya、PEFT 与旧版格式）。", path=True, exists="file")
+    init_lora_TE: str | None = key(None, "Start the text encoder's LoRA from this file.", "文本编码器的 LoRA 从该文件继续训练。", path=True, exists="file")
 
 
 @dataclass
 class SchedulerConfig:
     """Learning-rate schedule: a factor on each group's lr as a function of the optimizer step."""
+
+    REMOVED: ClassVar = legacy.SCHEDULE
 
     name: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "one_cycle"] = key(
         "constant_with_warmup", "Shape of the schedule after the warmup.", "预热之后的学习率曲线。")
@@ -71,6 +88,8 @@ class SchedulerConfig:
 class LossConfig:
     """The loss between the model's prediction and its target."""
 
+    REMOVED: ClassVar = legacy.LOSS
+
     type: Literal["mse", "l1", "huber", "smooth_l1"] = key("mse", "Loss per element.", "逐元素的损失函数。")
     delta: float = key(0.1, "Threshold of huber and smooth_l1.", "huber 与 smooth_l1 的阈值。", gt=0)
     min_snr_gamma: float | None = key(None, "Min-SNR weighting (arXiv:2303.09556); the paper's value is 5. null: off.",
@@ -80,6 +99,8 @@ class LossConfig:
 @dataclass
 class TrainConfig:
     """The training run."""
+
+    REMOVED: ClassVar = legacy.TRAIN
 
     train_epochs: int | None = key(None, "Passes over the first dataset. Set this or train_steps.", "训练轮数（以第一个数据集计）。与 train_steps 二选一。", ge=1)
     train_steps: int | None = key(None, "Optimizer steps. Set this or train_epochs.", "优化器步数。与 train_epochs 二选一。", ge=1, unit="steps")
@@ -94,7 +115,7 @@ class TrainConfig:
                              "连续多少步出现 NaN 或无穷时停止（退出码 3）；这些步不会改变权重。", ge=1, unit="steps")
     log_step: int = key(10, "Log every this many steps.", "每多少步记录一次日志。", ge=1, unit="steps")
     resume: str | None = key(None, "A run folder to go on with, or 'latest' for the newest resumable one below exps/.",
-                             "要继续的训练文件夹，或 latest（exps/ 下最新的可恢复训练）。", path=True)
+                             "要继续的训练文件夹，或 latest（exps/ 下最新的可恢复训练）。", path=True, exists="folder", words=("latest",))
     scale_lr: bool = key(False, "Multiply every lr by batch size × processes × accumulation.", "学习率乘以 批大小 × 进程数 × 累积步数。")
     noise_offset: float = key(0.0, "Strength of a constant per channel added to the noise (0.05 to 0.1 helps dark and bright images).",
                               "噪声偏移强度（0.05~0.1 有助于明暗画面）。", ge=0)
@@ -105,20 +126,28 @@ class TrainConfig:
     scheduler: SchedulerConfig = key(SchedulerConfig, "Learning-rate schedule.", "学习率调度。")
     loss: LossConfig = key(LossConfig, "The loss.", "损失函数。")
 
+    def check(self) -> Iterator[str]:
+        """Faults between keys."""
+        if self.train_epochs is None and self.train_steps is None:
+            yield "train_epochs is missing: how long to train? Set train_epochs or train_steps"
+        if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
+            yield f"max_timestep = {self.max_timestep} must be above min_timestep = {self.min_timestep}"
+
 
 @dataclass
 class SourceConfig:
     """One folder of images with its captions."""
 
+    REMOVED: ClassVar = legacy.SOURCE
     TARGETS: ClassVar = ("hcpdiff.data.Text2ImageSource", "hcpdiff.data.source.Text2ImageSource",
                          "hcpdiff.data.source.Text2ImageAttMapSource", "hcpdiff.data.source.text2img.Text2ImageSource",
                          "hcpdiff.data.source.text2img.Text2ImageAttMapSource")
-    img_root: str = key(doc="Folder of images; sub-folders are read too.", zh="图片文件夹，包含子文件夹。", path=True)
+    img_root: str = key(doc="Folder of images; sub-folders are read too.", zh="图片文件夹，包含子文件夹。", path=True, exists="folder")
     caption_file: str | None = key(None, "null, a folder (one .txt per image, or its one json/jsonl/yaml), or a file (json, jsonl, yaml, or one txt for all).",
-                                   "null、文件夹（每图一个 .txt，或其中唯一的 json/jsonl/yaml），或单个文件。", path=True)
+                                   "null、文件夹（每图一个 .txt，或其中唯一的 json/jsonl/yaml），或单个文件。", path=True, exists="either")
     prompt_template: str | None = key(None, "Text file: one template per line, one drawn per sample; {caption} and {names} of word_names are filled in. "
                                       "null: '{pt1}, {caption}' as far as there are words and captions.",
-                                      "模板文本文件：每行一个模板，每个样本随机取一行；填入 {caption} 与 word_names 中的词。null 为 '{pt1}, {caption}'。", path=True)
+                                      "模板文本文件：每行一个模板，每个样本随机取一行；填入 {caption} 与 word_names 中的词。null 为 '{pt1}, {caption}'。", path=True, exists="carried")
     word_names: dict[str, str] = key({}, "Words for the {names} of the template; pt1 is the trigger word.", "模板中 {名字} 对应的词；pt1 为触发词。")
     repeats: int = key(1, "How often each image is seen in an epoch.", "每轮中每张图片出现的次数。", ge=1, aliases=("repeat",))
     tag_shuffle: bool = key(False, "Shuffle the caption's comma-separated tags.", "打乱以逗号分隔的标签。")
@@ -129,8 +158,13 @@ class SourceConfig:
     flip: bool = key(False, "Mirror images left-right for half of the samples.", "随机水平翻转（一半概率）。")
     bg_color: list[int] = key([255, 255, 255], "Colour behind transparent pixels, red green blue.", "透明像素的底色（RGB）。")
     att_mask: str | None = key(None, "Folder of grey images, same names as the images: weight of the loss per pixel (black 0, white 1).",
-                               "灰度图文件夹，与图片同名：每像素的损失权重（黑 0，白 1）。", path=True)
+                               "灰度图文件夹，与图片同名：每像素的损失权重（黑 0，白 1）。", path=True, exists="folder")
     skip_bad_images: bool = key(False, "Go on without images that cannot be read (their number is logged).", "跳过无法读取的图片（会记录数量）。")
+
+    def check(self) -> Iterator[str]:
+        """Faults of bg_color."""
+        if len(self.bg_color) != 3 or not all(0 <= part <= 255 for part in self.bg_color):
+            yield f"bg_color = {self.bg_color} must be three numbers from 0 to 255: red, green, blue"
 
 
 @dataclass
@@ -148,11 +182,20 @@ class BucketConfig:
     crop: Literal["center", "random"] = key("center", "Where to crop after resizing.", "缩放后的裁剪方式。")
     crop_variants: int = key(4, "crop random: number of fixed crops per image (so that caches can hold them).", "crop 为 random 时每张图片固定的裁剪数。", ge=1)
 
+    def check(self) -> Iterator[str]:
+        """Faults of sizes."""
+        if self.sizes is not None and not self.sizes:
+            yield "sizes is empty: list [width, height] pairs, or use null"
+        for index, size in enumerate(self.sizes or ()):
+            if len(size) != 2 or min(size) < 8:
+                yield f"sizes[{index}] = {size} must be [width, height] in pixels, each at least 8"
+
 
 @dataclass
 class DatasetConfig:
     """One dataset: sources that share batch size, buckets and cache."""
 
+    REMOVED: ClassVar = legacy.DATASET
     TARGETS: ClassVar = ("hcpdiff.data.TextImagePairDataset", "hcpdiff.data.pair_dataset.TextImagePairDataset", "hcpdiff.data.dataset.TextImagePairDataset")
     batch_size: int = key(4, "Images per batch and process.", "每个进程每批的图像数。", ge=1)
     loss_weight: float = key(1.0, "Weight of this dataset's loss.", "该数据集损失的权重。", gt=0)
@@ -162,6 +205,11 @@ class DatasetConfig:
     cache_dir: str = key(".hcp-cache", "Folder of the disk cache.", "磁盘缓存的文件夹。", path=True)
     source: dict[str, SourceConfig] = key(doc="The image folders, by a name of your choice.", zh="图片来源，名字自定。")
     bucket: BucketConfig = key(BucketConfig, "How images are resized and grouped.", "图片的缩放与分组。")
+
+    def check(self) -> Iterator[str]:
+        """A dataset without a source."""
+        if not self.source:
+            yield "source is empty: name at least one image folder, source: {data_source1: {img_root: ...}}"
 
 
 @dataclass
@@ -182,6 +230,9 @@ class PreviewConfig:
 class RunConfig:
     """Top level of a training config."""
 
+    REMOVED: ClassVar = legacy.RUN
+    EITHER: ClassVar = (("train.train_epochs", "train.train_steps"),)
+
     exp_dir: str = key("exps/${hcp.time:}", "The run folder.", "输出文件夹。", path=True)
     seed: int = key(42, "Seed of everything random in the run.", "整个训练的随机种子。", ge=0)
     mixed_precision: Literal["auto", "bf16", "fp16", "fp32", "no"] = key(
@@ -196,3 +247,23 @@ class RunConfig:
     logger: list[dict] = key([{"_target_": "hcpdiff.loggers.ConsoleLogger"}, {"_target_": "hcpdiff.loggers.FileLogger"}, {"_target_": "hcpdiff.loggers.TensorBoardLogger"}],
                              "Where progress is written.", "日志输出。", slot="logger")
     preview: PreviewConfig = key(PreviewConfig, "Pictures drawn while training.", "训练中的预览图。")
+
+    def check(self) -> Iterator[str]:
+        """Nothing to train, nothing to train on."""
+        if not self.lora_unet and not self.lora_text_encoder:
+            yield "lora_unet and lora_text_encoder are both empty: there is nothing to train"
+        if not self.data:
+            yield "data is empty: name at least one dataset"
+
+
+def pattern_faults(pattern: str) -> list[str]:
+    """At most one fault: a layer pattern that is empty or no regular expression."""
+    expression = pattern.removeprefix("re:")
+    if not expression:
+        return ["is empty"]
+    if pattern.startswith("re:"):
+        try:
+            re.compile(expression)
+        except re.error as error:
+            return [f"= '{pattern}' is no regular expression: {error}"]
+    return []

@@ -1,0 +1,123 @@
+"""Checks of values that need no torch: paths, patterns of layers, and what a `_target_` may be called. All faults are returned."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import read
+from .tree import Map, Origin, Seq, dotted
+from .walk import Leaf, shown_value
+
+# Packages whose classes a `_target_` may name: ours, those we build on, and packages of optimizers.
+ALLOWED = ("hcpdiff", "torch", "diffusers", "transformers", "accelerate", "peft",
+           "prodigyopt", "bitsandbytes", "schedulefree", "pytorch_optimizer", "torchao", "dadaptation", "lion_pytorch")
+REFUSED_KEYS = ("trust_remote_code", "custom_pipeline", "custom_revision")
+TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$", re.ASCII)
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+QUOTED = "It starts with a single quote: cmd.exe hands them on, use double quotes there"
+
+
+def leaf_faults(leaves: Sequence[Leaf], allow: Sequence[str], carried: dict[tuple, Path]) -> list[str]:
+    """Faults of the walked values; `carried` receives the files found among three places, by path of their key."""
+    faults = []
+    for leaf in leaves:
+        if leaf.shape.key.slot and isinstance(leaf.value, dict):
+            faults += [f"{fault} ({leaf.origin})" for fault in spec_faults(leaf.value, dotted(leaf.path), allow)]
+        elif isinstance(leaf.value, str):
+            fault = path_fault(leaf, carried)
+            faults += [f"{dotted(leaf.path)} = {shown_value(leaf.value)} ({leaf.origin}) {fault}"] if fault else []
+    return faults
+
+
+def spec_faults(spec: dict, where: str, allow: Sequence[str] = ()) -> list[str]:
+    """What is wrong with a `_target_` mapping before anything is imported, nested ones too."""
+    if "_target_" not in spec:
+        return [f"{where} needs a _target_: the class to build, such as torch.optim.AdamW"]
+    return _below(spec, where, tuple(allow))
+
+
+def _below(value: Any, where: str, allow: tuple[str, ...]) -> list[str]:
+    if isinstance(value, list):
+        return [fault for index, item in enumerate(value) for fault in _below(item, f"{where}[{index}]", allow)]
+    if not isinstance(value, dict):
+        return []
+    faults = []
+    for name, item in value.items():
+        if name in REFUSED_KEYS:
+            faults.append(f"{where}.{name} is refused: it runs code from outside")
+        elif name == "_target_":
+            faults += target_name_fault(item, f"{where}._target_", allow)
+        else:
+            faults += _below(item, f"{where}.{name}", allow)
+    return faults
+
+
+def target_name_fault(target: Any, where: str, allow: Sequence[str] = ()) -> list[str]:
+    """At most one fault: the name's form, or its package."""
+    if not isinstance(target, str) or not TARGET.match(target):
+        return [f"{where} = {shown_value(target)}: write package.module.Class"]
+    if not allowed(target, allow):
+        return [f"{where} = '{target}': its package is not among those allowed ({', '.join(ALLOWED)}); "
+                f"--allow-target {target.split('.')[0]} on the command line adds it (it runs that package's code)"]
+    return []
+
+
+def allowed(name: str, allow: Sequence[str] = ()) -> bool:
+    """Whether a dotted name lies in an allowed package."""
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in (*ALLOWED, *allow))
+
+
+def path_fault(leaf: Leaf, carried: dict[tuple, Path]) -> str:
+    """What is wrong with text that names a file, a folder or a model; '' when nothing is, or when it names none."""
+    key, text = leaf.shape.key, leaf.value
+    if not (key.path or key.exists) or text in leaf.shape.literals or text in key.words:
+        return ""
+    if CONTROL.search(text):
+        shown = CONTROL.search(text)[0]
+        return f"holds the control character {shown!r}: in YAML's double quotes a backslash starts an escape. Use single quotes, or / in paths"
+    fault = _existence(leaf, carried) if key.exists else "" if text else "is empty text; use null, or name a path"
+    return f"{fault}. {QUOTED}" if fault and text.startswith("'") else fault
+
+
+def _existence(leaf: Leaf, carried: dict[tuple, Path]) -> str:
+    text, kind = leaf.value, leaf.shape.key.exists
+    if not text:
+        return "is empty text; null means none" if leaf.shape.nullable else "is empty text"
+    if kind == "model":
+        missing = looks_local(text) and not os.path.exists(text)
+        return "is no folder here, and not the form of a hub id (name/name)" + _nearest(text) if missing else ""
+    if kind == "carried":
+        return _carried(leaf, carried)
+    if kind == "file" and os.path.isdir(text):
+        return "is a folder; a file is expected"
+    if kind == "folder" and os.path.isfile(text):
+        return "is a file; a folder is expected"
+    return "" if os.path.exists(text) else f"does not exist (looked from {Path.cwd()})" + _nearest(text)
+
+
+def _carried(leaf: Leaf, carried: dict[tuple, Path]) -> str:
+    found = read.find(leaf.value, leaf.origin.file)
+    if found:
+        carried[leaf.path] = found
+        return ""
+    return "is not there. Looked in " + ", ".join(dict.fromkeys(str(place.parent) for place in read.places(leaf.value, leaf.origin.file)))
+
+
+def looks_local(text: str) -> bool:
+    """Whether a model's name can only be a folder: hub ids are 'name/name'."""
+    return text.startswith((".", "/", "~")) or "\\" in text or text.count("/") != 1 or text.endswith("/") or bool(re.match(r"[A-Za-z]:", text))
+
+
+def _nearest(text: str) -> str:
+    """'. Nearest: x' for names beside a missing path."""
+    import difflib
+
+    folder, name = os.path.split(os.path.normpath(text))
+    try:
+        beside = os.listdir(folder or ".")
+    except (OSError, ValueError):
+        return ""
+    found = difflib.get_close_matches(name, beside, n=2)
+    return f". Nearest: {', '.join(os.path.join(folder, item) for item in found)}" if found else ""

@@ -1,0 +1,104 @@
+"""Joins trees: files in the order of their `_base_`, each over those before it."""
+
+from pathlib import Path
+
+from ..errors import ConfigError
+from . import read
+from .resolve import near
+from .tree import DELETE, Map, Node, Origin, Seq, Text, at, copy, dotted
+
+BASE = "_base_"
+
+
+class Idle(tuple):
+    """(path, origin, hint) of a '---' that found nothing to delete."""
+
+
+def merge(below: Node, above: Node, path: tuple, idle: list[Idle]) -> Node:
+    """`above` over `below`: maps deep, all else replaced, '---' deletes. Neither tree is changed."""
+    if not isinstance(above, Map):
+        return copy(above)
+    made = copy(below) if isinstance(below, Map) else Map()
+    for key, value in above.items():
+        if isinstance(value, str) and value == DELETE:
+            if key not in made:
+                idle.append(Idle(((*path, key), value.origin, near(key, made))))
+            made.pop(key, None)
+        else:
+            made[key] = merge(made.get(key), value, (*path, key), idle)
+    return at(made, above.origin)
+
+
+class Layers:
+    """The files of a config in the order of merging: `files` (as found) and `trees`. Faults of all files are collected."""
+
+    def __init__(self, faults: list[str]):
+        self.files: list[Path] = []
+        self.trees: list[Map] = []
+        self.faults = faults
+        self.read: dict[Path, Map | None] = {}
+
+    def add(self, name: str, named_by: Path | None = None, origin: Origin | None = None, stack: tuple[Path, ...] = ()) -> None:
+        """Reads a file and, before it, its bases."""
+        path = read.find(name, named_by)
+        if path is None:
+            self.faults.append(_missing(name, named_by, origin))
+            return
+        real = path.resolve()
+        if real in stack:
+            circle = [*stack[stack.index(real):], real]
+            self.faults.append(f"{BASE} goes in a circle: {' -> '.join(map(_short, circle))}")
+            return
+        tree = self._tree(path, real)
+        if tree is None:
+            return
+        for base in self._bases(tree):
+            self.add(str(base), path, base.origin, (*stack, real))
+        tree = Map((key, value) for key, value in tree.items() if key != BASE)
+        self.files.append(path)
+        self.trees.append(_at_layer(tree, len(self.trees), path))
+
+    def _tree(self, path: Path, real: Path) -> Map | None:
+        """The file's tree; a file that several name is read (and complained about) once."""
+        if real not in self.read:
+            try:
+                self.read[real] = read.read(path, 0)
+            except ConfigError as error:
+                self.faults += error.faults
+                self.read[real] = None
+        return self.read[real]
+
+    def _bases(self, tree: Map) -> list[Text]:
+        named = tree.get(BASE, Seq())
+        listed = named if isinstance(named, Seq) else [named]
+        if isinstance(named, Text) and named in ("", "null", "~"):
+            return []
+        if not all(isinstance(base, Text) and base for base in listed):
+            self.faults.append(f"{BASE} ({named.origin}) takes the path of a file, or a list of them")
+            return []
+        return list(listed)
+
+
+def _at_layer(node: Node, layer: int, path: Path) -> Node:
+    """A copy of the tree whose origins tell this layer."""
+    origin = Origin(layer, path, node.origin.line)
+    if isinstance(node, Map):
+        return at(Map((key, _at_layer(value, layer, path)) for key, value in node.items()), origin)
+    return at(Seq(_at_layer(value, layer, path) for value in node) if isinstance(node, Seq) else type(node)(node), origin)
+
+
+def _missing(name: str, named_by: Path | None, origin: Origin | None) -> str:
+    looked = ", ".join(dict.fromkeys(str(place.parent) for place in read.places(name, named_by)))
+    wanted = f"{BASE}: '{name}' ({origin})" if origin else f"--cfg: '{name}'"
+    beside = sorted({path.name for place in read.places(name, named_by) if place.parent.is_dir() for path in place.parent.glob("*.yaml")})
+    import difflib
+
+    found = difflib.get_close_matches(Path(name).name, beside, n=2)
+    return f"{wanted} is not there. Looked in {looked}" + (f". Nearest: {', '.join(found)}" if found else "")
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
