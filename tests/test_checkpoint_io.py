@@ -44,6 +44,16 @@ def test_the_safetensors_package_reads_what_is_written_and_the_other_way(tmp_pat
     assert metadata == {"x": "é"} and all(torch.equal(ours[k], tensors[k]) for k in tensors)
 
 
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path):
+    for length in (0x80, 0x8080, 0x4B50):  # '\x80' begins a pickle, 'PK' a zip
+        metadata = {"k": ""}
+        save_tensors(tmp_path / "a", {"x": torch.ones(1)}, metadata)
+        metadata["k"] = "v" * (length - read_header(tmp_path / "a").payload + 8)
+        save_tensors(tmp_path / "a", {"x": torch.ones(1)}, metadata)
+        assert int.from_bytes((tmp_path / "a").read_bytes()[:8], "little") == length
+        assert read_tensors(tmp_path / "a")[1] == metadata
+
+
 def test_equal_input_gives_equal_bytes_in_any_order(tmp_path):
     tensors, metadata = some_tensors(), {str(i): "v" for i in range(20)}
     save_tensors(tmp_path / "a", tensors, metadata)

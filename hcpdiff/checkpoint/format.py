@@ -90,4 +90,4 @@ def load_lora(path: Path | str) -> LoraFile:
     if component is not None and component not in COMPONENTS:
         raise CheckpointError(f"{path} is for the component {component[:40]!r}, which this version of hcpdiff does not know.")
     layers, spelling, notices = parse(tensors, metadata, component, path)
-    return LoraFile(layers, metadata, spelling, tuple(notices))
+    return LoraFile({name: layers[name] for name in COMPONENTS if name in layers}, metadata, spelling, tuple(notices))

@@ -60,15 +60,15 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
 def parse_header(file: BinaryIO, path: Path) -> Header:
     """The checked header of an open file, which is left at the first byte of the tensors."""
     size = os.fstat(file.fileno()).st_size
-    start = file.read(8)
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+    start, first = file.read(8), file.read(1)
+    if first != b"{" and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"):  # with '{' after them, these bytes are a length
         raise CheckpointError(f"{path} is a pickle (a file of torch.save), which may run code when it is read. Only safetensors files are read here.")
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > MAX_HEADER or length < 2:
         raise CheckpointError(f"{path} is not a safetensors file: {_what(start, size)}.")
     if 8 + length > size:
         raise CheckpointError(f"{path} is cut short: its header alone needs {8 + length} bytes, the file has {size}. Copy or download it again.")
-    names = _parse_json(file.read(length), path)
+    names = _parse_json(first + file.read(length - 1), path)
     metadata = _checked_metadata(names.pop(METADATA, {}), path)
     entries = {name: _checked_entry(name, entry, path) for name, entry in names.items()}
     _check_layout(entries, size - 8 - length, path)
