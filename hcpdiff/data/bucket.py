@@ -83,7 +83,9 @@ def _distinct(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.n
 def ratio_buckets(sizes: np.ndarray, weights: np.ndarray, area: float, count: int, step: int, no_upscale: bool = False) -> Buckets:
     """Buckets by clustering. sizes: (n, 2) of image (W, H); weights: (n,), how often each is seen; area in pixels, at least step**2."""
     logs = np.log(sizes[:, 0] / sizes[:, 1])
-    centres = cluster(logs, weights, count)
+    large = sizes.prod(axis=1, dtype=np.int64) >= area
+    heard = large if no_upscale and large.any() else np.ones(len(sizes), dtype=bool)  # small images get sizes of their own: they do not pull
+    centres = cluster(logs[heard], np.asarray(weights)[heard], count)
     found = list(dict.fromkeys(size_for_ratio(float(centre), area, step) for centre in centres))
     result = Buckets(found, _nearest(logs, found))
     if no_upscale:
@@ -93,8 +95,8 @@ def ratio_buckets(sizes: np.ndarray, weights: np.ndarray, area: float, count: in
     renumber[kept] = np.arange(len(kept))
     result.sizes, result.assigned = [result.sizes[n] for n in kept], renumber[result.assigned]
     if len(found) < count:
-        ratios = len(np.unique(np.round(logs, 9)))
-        why = f"the images have only {ratios} distinct aspect ratio{'s' * (ratios != 1)}" if len(centres) < count else f"several ratios round to one size at step_size {step}"
+        ratios = len(np.unique(np.round(logs[heard], 9)))
+        why = f"the images have only {ratios} distinct aspect ratio{'s' * (ratios != 1)}" if len(centres) < count else f"several ratios round to one size at step_size {step}; a smaller step_size tells them apart"
         result.notices.append(f"{len(found)} bucket{'s' * (len(found) != 1)} instead of num_bucket = {count}: {why}")
     return result
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".gif"})
 HEIF_EXTENSIONS = frozenset({".heic", ".heif"})
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "AVIF", "GIF")  # no plugin that starts programs (EPS) is ever tried
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "AVIF", "GIF", "HEIF")  # by content, whatever the ending; no plugin that starts programs (EPS) is ever tried
 READ_FAULTS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError, struct.error, zlib.error,
                Image.DecompressionBombError)
 PIXELS_VERSION = 1  # part of every cache key: raise it when decode, fit or fit_mask change what they return
@@ -55,8 +55,18 @@ def readable_extensions() -> frozenset[str]:
     return EXTENSIONS | HEIF_EXTENSIONS if _heif() else EXTENSIONS
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow was built with."""
+    from PIL import AvifImagePlugin, WebPImagePlugin  # noqa: F401 - importing registers them
+
+    Image.preinit()
+    _heif()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def _open(source: str | Path | BinaryIO) -> Image.Image:
-    return Image.open(source, formats=(*FORMATS, "HEIF") if _heif() else FORMATS)
+    return Image.open(source, formats=_formats())
 
 
 def read_header(path: str | Path) -> tuple[int, int]:

@@ -1,0 +1,214 @@
+"""Batches: equal for any number of workers, with draws that belong to the sample; errors and ends come through as they are."""
+
+import dataclasses
+import itertools
+import threading
+
+import numpy as np
+import pytest
+import torch
+from data_help import Encoder, build, dataset, epoch, folder_of, picture, source
+from PIL import Image
+
+from hcpdiff.data.loader import ahead
+from hcpdiff.data.plan import Position
+from hcpdiff.errors import DataError
+
+
+def same(one, two):
+    """Whether two batches are equal in every bit."""
+    for name in (field.name for field in dataclasses.fields(one)):
+        a, b = getattr(one, name), getattr(two, name)
+        if isinstance(a, torch.Tensor) != isinstance(b, torch.Tensor) or not (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b):
+            return False
+    return True
+
+
+def full(root, **extra):
+    """Settings that draw everything there is to draw."""
+    one = source(root, caption_file=str(root), word_names={"pt1": "trig"}, flip=True, tag_shuffle=True, tag_dropout=0.3, caption_dropout=0.2, repeats=2)
+    return dataset(one, bucket={"crop": "random", "crop_variants": 3}, **extra)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return folder_of(tmp_path_factory.mktemp("imgs"), 8, captions=True)
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(root):
+    runs = [list(build(full(root), full(root, batch_size=3), micro_per_step=2, workers=workers).batches(count=5)) for workers in (0, 1, 2)]
+    for run in runs[1:]:
+        assert len(run) == 5
+        for (step, after, batches), (reference, reference_after, expected) in zip(run, runs[0]):
+            assert step == reference and after == reference_after and len(batches) == len(expected) == 4
+            assert all(same(one, two) for one, two in zip(batches, expected))
+
+
+def test_ranks_share_a_step_and_see_what_one_process_sees(root):
+    whole = epoch(build(full(root), micro_per_step=2))
+    ranks = [epoch(build(full(root), micro_per_step=2), rank=rank, world=2) for rank in range(2)]
+    for number, (step, _, batches) in enumerate(whole):
+        shared = [ranks[0][number][2], ranks[1][number][2]]
+        both = [batch for pair in itertools.zip_longest(*shared) for batch in pair if batch is not None]
+        assert len(both) == len(batches) and all(same(a, b) for a, b in zip(both, batches))
+
+
+def test_going_on_from_a_position_gives_the_same_batches(root):
+    whole = list(build(full(root)).batches(count=12))
+    resumed = list(build(full(root)).batches(whole[4][1], first_index=5, count=7))
+    assert [step.index for step, _, _ in resumed] == list(range(5, 12))
+    assert all(same(a, b) for (_, _, one), (_, _, two) in zip(resumed, whole[5:]) for a, b in zip(one, two))
+
+
+def test_every_draw_is_new_for_each_sample_and_each_epoch(root):
+    batches = [batch for _, _, part in build(full(root)).batches(count=16) for batch in part]
+    for name in ("noise", "vae_noise", "offset_noise", "u"):
+        seen = [getattr(batch, name)[row].flatten()[0].item() for batch in batches for row in range(len(batch.ids))]
+        assert len(set(seen)) == len(seen) > 16, name
+    assert len({batch.module_seed for batch in batches}) == len(batches)
+
+
+def test_noise_is_normal_and_timestep_draws_are_uniform(root):
+    batches = [batch for _, _, part in build(full(root)).batches(count=60) for batch in part]
+    noise = torch.cat([batch.noise.flatten() for batch in batches])
+    assert noise.mean().abs() < 0.02 and (noise.std() - 1).abs() < 0.02
+    u = torch.cat([batch.u for batch in batches])
+    assert u.dtype == torch.float64 and 0 <= u.min() and u.max() < 1 and (u.mean() - 0.5).abs() < 0.1
+    correlation = (torch.cat([b.noise.flatten() for b in batches]) * torch.cat([b.vae_noise.flatten() for b in batches])).mean()
+    assert correlation.abs() < 0.02
+
+
+def test_pixels_are_the_resized_image_in_minus_one_to_one(tmp_path):
+    picture(64, 64, 3).save(tmp_path / "1.png")
+    [(_, _, [batch])] = list(build(dataset(source(tmp_path))).batches(count=1))
+    assert batch.pixels.dtype == torch.float32 and batch.pixels.shape == (1, 3, 64, 64) and batch.pixels.is_contiguous()
+    back = ((batch.pixels[0].permute(1, 2, 0) + 1) * 127.5).round().numpy()
+    assert (back == np.asarray(picture(64, 64, 3))).all()
+    assert batch.mask is None and batch.latent_mean is None and batch.ids == ("d0/s0/1.png",)
+
+
+def test_sizes_are_height_then_width_and_crops_count_in_resized_pixels(tmp_path):
+    picture(200, 100).save(tmp_path / "1.png")
+    data = build(dataset(source(tmp_path), bucket={"sizes": [[64, 64]]}))
+    [(_, _, [batch])] = list(data.batches(count=1))
+    assert batch.original_size.tolist() == [[100, 200]] and batch.target_size.tolist() == [[64, 64]] and batch.crop_top_left.tolist() == [[0, 32]]
+
+
+def test_flips_and_crops_are_all_drawn_and_pixels_show_them(tmp_path):
+    picture(128, 64, 1).save(tmp_path / "1.png")
+    data = build(dataset(source(tmp_path, flip=True), bucket={"sizes": [[64, 64]], "crop": "random", "crop_variants": 3}))
+    whole = torch.from_numpy(np.array(picture(128, 64, 1))).permute(2, 0, 1) / 127.5 - 1
+    expected = {(left, flip): whole[:, :, left:left + 64].flip(2) if flip else whole[:, :, left:left + 64] for left in (0, 32, 64) for flip in (False, True)}
+    seen = set()
+    for _, _, [batch] in data.batches(count=60):
+        [match] = [key for key, pixels in expected.items() if torch.allclose(batch.pixels[0], pixels, atol=0.02)]
+        seen.add(match)
+        assert batch.crop_top_left.tolist() == [[0, 64 - match[0] if match[1] else match[0]]]
+    assert seen == set(expected)
+
+
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_masks_come_with_their_view_and_others_count_fully(tmp_path, cache):
+    folder_of(tmp_path / "a", {"1.png": (64, 64)})
+    (tmp_path / "m").mkdir()
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save(tmp_path / "m" / "1.png")
+    folder_of(tmp_path / "b", {"2.png": (64, 64)})
+    data = build(dataset(source(tmp_path / "a", att_mask=str(tmp_path / "m"), flip=True), source(tmp_path / "b"), cache_latents=cache))
+    data.cache_latents(Encoder(), "v")
+    left = torch.tensor([1.0] * 4 + [0.0] * 4).expand(8, 8)
+    seen = set()
+    for _, _, [batch] in data.batches(count=12):
+        assert batch.mask.shape == (2, 1, 8, 8) and batch.mask.dtype == torch.float32
+        masks = dict(zip(batch.ids, batch.mask[:, 0]))
+        assert (masks["d0/s1/2.png"] == 1).all()
+        [flipped] = [flip for flip in (False, True) if torch.allclose(masks["d0/s0/1.png"], left.flip(1) if flip else left, atol=0.02)]
+        seen.add(flipped)
+    assert seen == {False, True}
+
+
+def test_cached_latents_are_those_of_the_same_pixels(root):
+    plain, cached = build(full(root)), build(full(root, cache_latents="memory"))
+    encode = Encoder()
+    cached.cache_latents(encode, "v")
+    for (_, _, one), (_, _, two) in zip(epoch(plain), epoch(cached)):
+        for a, b in zip(one, two):
+            mean, std = encode(a.pixels)
+            assert torch.allclose(b.latent_mean, mean, atol=1e-6) and torch.equal(b.latent_std, std) and b.pixels is None
+            assert torch.equal(a.noise, b.noise) and a.prompts == b.prompts and a.ids == b.ids
+
+
+def test_prompts_of_an_epoch_are_exactly_those_of_its_batches(root):
+    data = build(full(root), full(root), micro_per_step=3)
+    for number, start in ((0, 0), (1, data.plan.start_of(1))):
+        seen = [prompt for _, _, batches in data.batches(data.plan.start_of(number), count=data.steps_per_epoch) for batch in batches for prompt in batch.prompts]
+        assert sorted(data.epoch_prompts(start)) == sorted(set(seen))
+    middle = list(data.batches(count=2))[1][1]
+    assert set(data.epoch_prompts(middle)) <= set(data.epoch_prompts(0))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_is_damaged_or_gone_after_the_start_is_named_in_the_main_process(tmp_path, workers):
+    folder_of(tmp_path, 4)
+    data = build(dataset(source(tmp_path)), workers=workers)
+    (tmp_path / "01.png").unlink()
+    raw = (tmp_path / "02.png").read_bytes()
+    (tmp_path / "02.png").write_bytes(raw[:len(raw) // 2])
+    with pytest.raises(DataError) as caught:
+        list(data.batches(count=data.steps_per_epoch))
+    assert "01.png: the file is gone" in str(caught.value) or "02.png: image file is truncated" in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_file_that_changes_its_size_after_the_start_is_named(tmp_path):
+    folder_of(tmp_path, 1)
+    data = build(dataset(source(tmp_path)))
+    picture(33, 44).save(tmp_path / "00.png")
+    with pytest.raises(DataError, match="00.png: was changed after the start: 33 x 44 now, 96 x 64 then"):
+        list(data.batches(count=1))
+
+
+def test_cached_data_needs_no_workers(root):
+    assert build(full(root, cache_latents="memory"), workers="auto").workers == 0
+    assert build(full(root, cache_latents="memory"), full(root), workers=2).workers == 2
+    assert 1 <= build(full(root), workers="auto").workers <= 4
+
+
+def test_a_step_in_which_a_rank_has_nothing_is_still_a_step(tmp_path):
+    folder_of(tmp_path, {f"{n}.png": (64, 64) for n in range(5)})
+    for workers in (0, 1):
+        parts = [list(build(dataset(source(tmp_path)), micro_per_step=2, workers=workers).batches(count=4, rank=rank, world=2)) for rank in (0, 1)]
+        assert [[len(batches) for _, _, batches in part] for part in parts] == [[1, 1, 1, 1], [1, 0, 1, 0]]
+
+
+def test_a_world_that_does_not_divide_the_step_is_refused(root):
+    with pytest.raises(ValueError, match="no multiple"):
+        build(full(root), micro_per_step=3).batches(world=2)
+
+
+def test_batches_before_caching_are_refused(root):
+    with pytest.raises(RuntimeError, match="cache_latents"):
+        next(build(full(root, cache_latents="memory")).batches())
+
+
+def test_the_thread_ends_with_the_iterator_and_raises_in_turn():
+    def items():
+        yield from range(10)
+        raise DataError("late")
+
+    before = threading.active_count()
+    iterator = ahead(items(), 3)
+    assert [next(iterator) for _ in range(10)] == list(range(10))
+    with pytest.raises(DataError, match="late"):
+        next(iterator)
+    endless = ahead(itertools.count(), 3)
+    next(endless)
+    endless.close()
+    assert threading.active_count() == before
+
+
+def test_start_positions_are_kept_by_dataset(root):
+    data = build(full(root), full(root, batch_size=3))
+    [(_, after, _)] = list(data.batches([Position(0, 3), Position(4, 1)], count=1))
+    assert after == [Position(0, 4), Position(4, 2)]

@@ -1,0 +1,154 @@
+"""Sources: every image is found, and everything wrong with a folder is in one message."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_help import build, dataset, folder_of, picture, source
+from PIL import Image
+
+from hcpdiff.data.source import check_sources, read_source
+from hcpdiff.errors import DataError
+
+
+def read(config, **extra):
+    faults = []
+    return read_source("s", config, "data.d.source.s", faults, **extra), faults
+
+
+def test_images_are_found_in_folders_below_by_any_case_and_name(tmp_path):
+    names = ["2.png", "1.JPG", "a b/猫 😀.webp", "a b/c/v1.0.jpeg", "é.gif", "x.bmp", "y.avif"]
+    folder_of(tmp_path, {name: (40, 30) for name in names})
+    found, faults = read(source(tmp_path))
+    assert not faults and found.keys == sorted(names) and found.sizes.tolist() == [[40, 30]] * 7
+
+
+def test_hidden_files_other_files_and_mask_folder_are_no_images(tmp_path):
+    folder_of(tmp_path, {name: (40, 30) for name in ["1.png", "masks/1.png", ".hidden.png", ".git/2.png", "__MACOSX/3.png"]})
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "scan.tiff").write_text("x")
+    found, faults = read(source(tmp_path, att_mask=str(tmp_path / "masks")))
+    assert not faults and found.keys == ["1.png"] and found.masks == [os.path.join(tmp_path, "masks", "1.png")]
+    assert found.notices[0] == "1 .tiff files are left out"
+
+
+def test_a_folder_named_like_an_image_and_a_symlink_loop_do_no_harm(tmp_path):
+    folder_of(tmp_path, {"trap.png/1.png": (40, 30)})
+    (tmp_path / "trap.png" / "loop").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing.png")
+    found, faults = read(source(tmp_path))
+    assert not faults and found.keys == ["trap.png/1.png"]
+
+
+def test_the_header_pass_decodes_no_pixels(tmp_path, monkeypatch):
+    folder_of(tmp_path, 3)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("pixels were decoded"))
+    assert len(read(source(tmp_path))[0].keys) == 3
+
+
+def damage(root: Path) -> list[str]:
+    """Ten ways to be no image; returns their names."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    for name in ("cut.png", "cut.jpg", "cut.webp"):
+        noise.save(root / name)
+        raw = (root / name).read_bytes()
+        (root / name).write_bytes(raw[:len(raw) // 2])
+    (root / "empty.png").write_bytes(b"")
+    (root / "text.jpg").write_text("I am not an image")
+    (root / "zeros.png").write_bytes(bytes(1000))
+    Image.new("1", (20000, 20000)).save(root / "bomb.png")
+    raw = bytearray((root / "00.png").read_bytes())
+    raw[raw.index(b"IDAT") + 8] ^= 0xFF
+    (root / "flipped.png").write_bytes(raw)
+    return ["cut.png", "cut.jpg", "cut.webp", "empty.png", "text.jpg", "zeros.png", "bomb.png", "flipped.png"]
+
+
+def test_all_damaged_images_are_named_at_once_and_skip_bad_images_goes_on(tmp_path):
+    folder_of(tmp_path, 3)
+    names = damage(tmp_path)
+    with pytest.raises(DataError) as caught:
+        build(dataset(source(tmp_path)))
+    [fault] = caught.value.faults
+    assert fault.startswith("data.d0.source.s0: 8 of 11 images cannot be read") and "skip_bad_images" in fault
+    assert all(f"\n  {name}: " in fault for name in names)
+    assert "empty.png: the file is empty" in fault and "bomb.png: more than 178 megapixels" in fault and "text.jpg: is not an image" in fault
+
+    data = build(dataset(source(tmp_path, skip_bad_images=True), cache_latents="memory"))
+    assert data.images == 3 and len(data.datasets[0].sources[0].skipped) == 8
+
+
+def test_an_image_under_another_ending_is_read_by_its_content(tmp_path):
+    picture(40, 30).save(tmp_path / "really.jpg", "PNG")
+    assert read(source(tmp_path), verify=True)[0].sizes.tolist() == [[40, 30]]
+
+
+def test_a_missing_folder_names_the_near_one_and_an_empty_one_what_is_there(tmp_path):
+    (tmp_path / "train_data").mkdir()
+    (tmp_path / "train_data" / "a.txt").write_text("x")
+    _, [fault] = read(source(tmp_path / "train_dat"))
+    assert fault.startswith("data.d.source.s.img_root = ") and "Near it: train_data" in fault
+    _, [fault] = read(source(tmp_path / "train_data"))
+    assert "holds no image" in fault and "1 .txt" in fault
+    _, [fault] = read(source(tmp_path / "train_data" / "a.txt"))
+    assert "is a file, not a folder" in fault
+
+
+def test_captions_matching_nothing_are_a_fault_that_shows_both_sides(tmp_path):
+    folder_of(tmp_path, {"1.png": (40, 30)})
+    (tmp_path / "c.json").write_text('{"001": "one"}')
+    _, [fault] = read(source(tmp_path, caption_file=str(tmp_path / "c.json")))
+    assert "has a caption for none of 1 images (1.png)" in fault and "'1.png' ~ '001'" in fault
+    _, [fault] = read(source(tmp_path, caption_file=str(folder_of(tmp_path / "other", 1))))
+    assert "caption for none" in fault
+
+
+def test_all_missing_masks_and_masks_of_another_shape_are_listed(tmp_path):
+    folder_of(tmp_path / "img", {"1.png": (40, 30), "2.png": (40, 30), "3.png": (40, 30)})
+    folder_of(tmp_path / "mask", {"1.jpg": (20, 15)})
+    _, [fault] = read(source(tmp_path / "img", att_mask=str(tmp_path / "mask")))
+    assert "lacks the mask of 2 of 3 images" in fault and fault.endswith("\n  2.png\n  3.png")
+    folder_of(tmp_path / "mask", {"1.jpg": (20, 15), "2.png": (30, 40), "3.png": (40, 30)})
+    _, [fault] = read(source(tmp_path / "img", att_mask=str(tmp_path / "mask")))
+    assert "2.png: 30 x 40 has another shape" in fault and "3.png" not in fault
+
+
+def test_every_fault_of_all_sources_and_datasets_is_in_one_error(tmp_path):
+    folder_of(tmp_path / "a", 2)
+    (tmp_path / "a" / "x.json").write_text("{")
+    (tmp_path / "t.txt").write_text("{who}")
+    (tmp_path / "a" / "bad.png").write_bytes(b"")
+    first = dataset(source(tmp_path / "nowhere"), source(tmp_path / "a", caption_file=str(tmp_path / "a")), step=12)
+    second = dataset(source(tmp_path / "a", prompt_template=str(tmp_path / "t.txt"), skip_bad_images=True), area=100)
+    with pytest.raises(DataError) as caught:
+        build(first, second)
+    text = "\n".join(caught.value.faults)
+    for part in ("nowhere", "x.json: line 1 column 2", "bad.png", "d0.bucket.step_size = 12", "{who}", "d1.bucket.target_area = 100"):
+        assert part in text
+
+
+def test_the_quick_check_finds_paths_captions_and_templates(tmp_path):
+    folder_of(tmp_path, 1)
+    (tmp_path / "c.yaml").write_text("a: b: c")
+    (tmp_path / "t.txt").write_text("{who} {pt1}")
+    config = dataset(source(tmp_path / "no", caption_file=str(tmp_path / "c.yaml"), att_mask=str(tmp_path / "nomask"), prompt_template="t"))
+    faults = check_sources({"d": config}, locate=lambda name: str(tmp_path / f"{name}.txt"))
+    assert [any(part in fault for fault in faults) for part in ("img_root", "c.yaml: line 1", "att_mask", "{who}", "{pt1}")] == [True] * 5
+
+
+def test_indexing_imports_no_torch():
+    code = ("import sys, hcpdiff.data.source, hcpdiff.data.bucket, hcpdiff.data.plan, hcpdiff.data.pack, hcpdiff.data.hashes, hcpdiff.data.prune\n"
+            "assert not {'torch', 'diffusers', 'transformers', 'rich', 'hydra'} & set(sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+def test_unreadable_places_say_so(tmp_path):
+    folder_of(tmp_path, 1)
+    (tmp_path / "b.png").symlink_to(tmp_path / "00.png")
+    found, faults = read(source(tmp_path))
+    assert not faults and found.keys == ["00.png", "b.png"]
+    with pytest.raises(DataError, match="there is no source"):
+        build(dataset())
