@@ -5,6 +5,7 @@ from pathlib import Path
 
 from hcpdiff import cli
 from hcpdiff.checkpoint.paths import StepFiles, beside, locate, split_name
+from hcpdiff.checkpoint.safetensors_header import read_header
 from hcpdiff.errors import CheckpointError, ConfigError, HCPError
 
 EPILOG = """examples:
@@ -58,6 +59,9 @@ def _check_options(args: argparse.Namespace) -> None:
     for option in ("lora_path", "dump_path"):
         if not getattr(args, option):
             faults.append(f"--{option} is missing.")
+    blocked = next((parent for parent in Path(args.dump_path or ".").parents if parent.exists() and not parent.is_dir()), None)
+    if blocked:
+        faults.append(f"--dump_path {args.dump_path} cannot be written: {blocked} is a file, not a folder.")
     if args.sdxl and args.family not in (None, "sdxl"):
         faults.append(f"--sdxl and --family {args.family} contradict each other.")
     if args.from_webui and args.metadata:
@@ -83,6 +87,8 @@ def _sources(args: argparse.Namespace) -> tuple[dict[Path, str], list[str]]:
     for option, value in [("--lora_path", args.lora_path), *(("--lora_path_TE", path) for path in args.lora_path_TE)]:
         try:
             found = locate(value)
+            if isinstance(found, Path):
+                read_header(found)  # what is no safetensors file is told before torch is loaded
         except HCPError as error:
             faults += [f"{option}: {fault}" for fault in error.faults]
             continue
