@@ -39,6 +39,7 @@ class Run:
     def __init__(self, loaded: Loaded[RunConfig], parallel: Parallel, allow: Sequence[str] = ()):
         self.loaded, self.cfg, self.parallel, self.allow = loaded, loaded.config, parallel, allow
         self.device, self.started = parallel.device, time.monotonic()
+        self.said = self.started
         self.dtype = machine.compute_dtype(self.cfg.mixed_precision, self.device)
         self.accumulation = self.cfg.train.gradient_accumulation_steps
         self.geometry = (8, 4)  # of every usual model; only faults of the data depend on it before the model is found
@@ -164,7 +165,7 @@ class Run:
         if self.resumed and step >= self.total_steps:
             raise ConfigError(f"train.resume: {self.folder} has done {step} of {self.total_steps} steps. Raise train.train_epochs or train.train_steps to go on.")
         if not self.resumed:
-            path = claim(self.cfg.exp_dir, "${hcp.time" in self.loaded.written["exp_dir"]) if self.parallel.main else None
+            path = claim(self.cfg.exp_dir, "exp_dir" in self.loaded.timed) if self.parallel.main else None
             self.folder = Path(self.parallel.share(str(path)))
         if self.parallel.main:
             name = "cfg.yaml" if not self.resumed else f"cfg-resumed-{step}.yaml"
@@ -181,7 +182,7 @@ class Run:
             "device": f"{machine.describe(self.device)}; {self.parallel.world} process{'es' if self.parallel.world > 1 else ''}",
             "precision": f"{machine.SHORT[self.dtype]} (LoRA weights fp32), attention {self.attention}",
             "base model": f"{self.models.name} ({self.family.base_version(self.models)}, predicts {self._prediction()})", "seed": cfg.seed,
-            "images per step": f"{per_step} = batch {batch} x {self.parallel.world} processes x {self.accumulation} accumulated",
+            "images per step": f"{per_step} (batch {batch}, processes {self.parallel.world}, accumulation {self.accumulation})",
             "length": f"{self.total_steps} steps, {self.data.steps_per_epoch} an epoch" + (f"; resumed after step {step}" if step else ""),
             "optimizer": f"{train.optimizer['_target_']}, {train.scheduler.name}",
         }))
@@ -206,7 +207,9 @@ class Run:
         return mean.cpu(), std.cpu()
 
     def _caching(self, done: int, total: int) -> None:
-        if done == total or done % max(1, total // 10) == 0:
+        now = time.monotonic()
+        if done == total or now - self.said > 5:  # a line every five seconds
+            self.said = now
             self.log.say(f"latents: {done}/{total} images")
 
     # -- the trainer ------------------------------------------------------------------------------------------------------------------
