@@ -33,7 +33,7 @@ PACKAGES = {
 }
 GROUPS = {"faces": 0, "people": 1, "animals": 3, "food": 4, "travel": 5, "activities": 6, "objects": 7, "symbols": 8}
 SKIPPED = re.compile(
-    r"\b(wo)?m[ae]n\b|^(person|people|hand|.*hands?$|.*fist$|index|backhand|middle|family|couple|kiss)|o’clock|-thirty|arrow|button|keycap|input|facing right|"
+    r"\b(wo)?m[ae]n\b|^(person|people|hand with|.*hands?$|.*fist$|index|backhand|middle|family|couple|kiss)|o’clock|-thirty|arrow|button|keycap|input|facing right|"
     r"kaaba|mosque|synagogue|temple|church"
 )
 SYMBOLS = re.compile(r"^(warning|no entry|peace symbol|yin yang|check mark|cross mark|recycling symbol|(red|orange|yellow|green|blue|purple|brown|black|white) circle|radioactive)$")

@@ -1,0 +1,200 @@
+"""Train UNet and text encoder together on cached latents of WORK/pictures.npz; resumable.
+
+    python scripts/train_unet.py --work WORK [--seconds 14400]
+
+Needs WORK/vae. State goes to WORK/unet.pt every few minutes; WORK/unet_stable.pt keeps the state from before the learning
+rate falls, so that a longer run can go on from there (copy it over unet.pt, raise --seconds). Progress is counted in
+seconds of training, kept over restarts. v-prediction, min-SNR weights (arXiv:2303.09556), 10 % empty captions.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin would take the core from those that work
+
+import numpy as np
+import torch
+from common import Ema, Log, Muon, save_atomic
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from train_vae import encode_means
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+TOKENIZER = Path(__file__).parent.parent / "hcpdiff" / "assets" / "clip_tokenizer"
+CORE = Path(__file__).parent / "core.txt"
+EMPTY, UNSTYLED = 0.1, 0.1  # shares of captions that are '', and that are the thing's name alone
+MIN_SNR = 5.0
+UNET = dict(
+    sample_size=16,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(32, 64, 96, 96),
+    layers_per_block=2,
+    cross_attention_dim=64,
+    attention_head_dim=2,  # diffusers' name for the number of heads
+    norm_num_groups=16,
+)
+TEXT = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=77, projection_dim=64)
+SCHEDULE = dict(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    num_train_timesteps=1000,
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
+    prediction_type="v_prediction",
+)
+
+
+class Captions:
+    """Prompts as rows of a small token table: only tokens that occur have a row while training."""
+
+    def __init__(self, rows: list[dict]):
+        self.tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+        prompts = [p for r in rows for p in (r["caption"], r["name"])] + [""]
+        ids = self.tokenizer(prompts, padding="max_length", max_length=77, truncation=True).input_ids
+        self.tokens = sorted({i for row in ids for i in row})  # small id -> CLIP's id
+        small = {token: index for index, token in enumerate(self.tokens)}
+        self.table = torch.tensor([[small[i] for i in row] for row in ids])
+        self.count = len(rows)
+
+    def draw(self, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor:  # (B,) -> (B,77)
+        kind = torch.rand(len(index), generator=generator)
+        position = torch.where(kind < EMPTY, 2 * self.count, 2 * index + (kind < EMPTY + UNSTYLED))
+        return self.table[position]
+
+
+class Models:
+    def __init__(self, captions: Captions):
+        self.unet = UNet2DConditionModel(**UNET).to(memory_format=torch.channels_last)
+        self.text = CLIPTextModel(CLIPTextConfig(vocab_size=len(captions.tokens), bos_token_id=len(captions.tokens) - 2, eos_token_id=len(captions.tokens) - 1, **TEXT))
+        named = [*self.unet.named_parameters(), *self.text.named_parameters()]
+        self.params = [p for _, p in named]
+        plain = [p.dim() < 2 or "embedding" in name or name.startswith(("conv_in", "conv_out")) for name, p in named]
+        self.matrices = [p for (_, p), is_plain in zip(named, plain) if not is_plain]
+        self.others = [p for (_, p), is_plain in zip(named, plain) if is_plain]
+
+
+class Threads:
+    """One thread or two, whichever is faster at the moment: other programs come and go."""
+
+    def __init__(self, most: int):
+        self.most, self.times, self.count = most, {}, 0
+        self.use(1)
+
+    def use(self, threads: int) -> None:
+        self.now = threads
+        torch.set_num_threads(threads)
+
+    def note(self, seconds: float) -> None:
+        if self.most == 1:
+            return
+        self.count += 1
+        self.times.setdefault(self.now, []).append(seconds)
+        phase = self.count % 60
+        if phase == 0:  # try the other number for a few steps
+            self.times = {}
+            self.use(1)
+        elif phase == 5:
+            self.use(self.most)
+        elif phase == 10:
+            medians = {n: float(np.median(t)) for n, t in self.times.items()}
+            self.use(min(medians, key=medians.get))
+
+
+def lr_factor(progress: float, decay: float) -> float:
+    """Short warmup, constant, then linear to 2 % over the last share `decay`."""
+    return min(1.0, progress / 0.005 + 0.01, 0.02 + 0.98 * max(0.0, 1 - progress) / decay)
+
+
+def loss_of(models: Models, schedule: DDIMScheduler, latents: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    batch = len(latents)
+    noise = torch.randn(latents.shape, generator=generator)
+    places = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch  # spread evenly
+    t = (places * schedule.config.num_train_timesteps).long()
+    alpha = schedule.alphas_cumprod[t]
+    snr = alpha / (1 - alpha)
+    noisy = schedule.add_noise(latents, noise, t).contiguous(memory_format=torch.channels_last)
+    target = schedule.get_velocity(latents, noise, t)
+    out = models.unet(noisy, t, models.text(tokens).last_hidden_state).sample
+    weight = snr.clamp(max=MIN_SNR) / (snr + 1)
+    return ((out - target).square().mean((1, 2, 3)) * weight).mean()
+
+
+def read_state(path: Path, models: Models, ema: Ema, optimizer: Muon) -> dict:
+    state = torch.load(path, weights_only=True)
+    models.unet.load_state_dict(state["unet"])
+    models.text.load_state_dict(state["text"])
+    ema.load_state_dict(state["ema"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state
+
+
+def train(models: Models, ema: Ema, latents: torch.Tensor, captions: Captions, weights: torch.Tensor, args) -> None:
+    path, log, schedule = args.work / "unet.pt", Log(args.work / "logs" / "unet.jsonl"), DDIMScheduler(**SCHEDULE)
+    optimizer, threads = Muon(models.matrices, models.others, args.lr), Threads(args.threads)
+    step, spent, losses, counts = 0, 0.0, [], []
+    if path.exists():
+        state = read_state(path, models, ema, optimizer)
+        step, spent = state["step"], state["spent"]
+        log.write(resumed=step, seconds=round(spent))
+
+    def save(to: Path) -> None:
+        save_atomic({"unet": models.unet.state_dict(), "text": models.text.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": spent}, to)
+
+    saved = last = time.time()
+    while spent < args.seconds:
+        generator = torch.Generator().manual_seed(step)
+        index = torch.multinomial(weights, args.batch, replacement=True, generator=generator)
+        loss = loss_of(models, schedule, latents[index], captions.draw(index, generator), generator)
+        loss.backward()
+        optimizer.step(lr_factor(spent / args.seconds, args.decay))
+        ema.update()
+        losses.append(float(loss.detach()))
+        counts.append(threads.now)
+        now = time.time()
+        threads.note(now - last)
+        before, step, spent, last = spent, step + 1, spent + now - last, now
+        if step % 50 == 0:
+            log.write(step=step, seconds=round(spent), loss=float(np.mean(losses)), threads=float(np.mean(counts)))
+            losses, counts = [], []
+        if before < (1 - args.decay) * args.seconds <= spent:
+            save(args.work / "unet_stable.pt")
+        if now - saved > 180 or spent >= args.seconds:
+            save(path)
+            saved = now
+
+
+def cached_latents(work: Path) -> torch.Tensor:  # -> (N,4,16,16), scaled
+    path = work / "latents.pt"
+    if not path.exists():
+        vae = AutoencoderKL.from_pretrained(work / "vae").eval()
+        pixels = torch.from_numpy(np.load(work / "pictures.npz")["pixels"]).permute(0, 3, 1, 2)
+        save_atomic({"latents": encode_means(vae, pixels) * vae.config.scaling_factor}, path)
+    return torch.load(path, weights_only=True)["latents"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=14400)
+    parser.add_argument("--decay", type=float, default=0.25)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--core-weight", type=float, default=12.0, help="how often a thing of core.txt is seen, against another")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    rows = json.loads((args.work / "pictures.json").read_text("utf-8"))
+    core = {line.strip() for line in CORE.read_text("utf-8").splitlines() if not line.startswith("#")}
+    captions = Captions(rows)
+    models = Models(captions)
+    weights = torch.tensor([args.core_weight if r["name"] in core else 1.0 for r in rows])
+    train(models, Ema(models.params, 0.997), cached_latents(args.work), captions, weights, args)
+
+
+if __name__ == "__main__":
+    main()
