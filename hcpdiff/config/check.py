@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import read
-from .tree import Map, Origin, Seq, dotted
+from . import legacy, read
+from .tree import dotted
 from .walk import Leaf, shown_value
 
 # Packages whose classes a `_target_` may name: ours, those we build on, and packages of optimizers.
@@ -33,6 +33,8 @@ def leaf_faults(leaves: Sequence[Leaf], allow: Sequence[str], carried: dict[tupl
 
 def spec_faults(spec: dict, where: str, allow: Sequence[str] = ()) -> list[str]:
     """What is wrong with a `_target_` mapping before anything is imported, nested ones too."""
+    if not isinstance(spec.get("_args_", []), list):
+        return [f"{where}._args_ = {shown_value(spec['_args_'])} must be a list"]
     if "_target_" not in spec:
         return [f"{where} needs a _target_: the class to build, such as torch.optim.AdamW"]
     return _below(spec, where, tuple(allow))
@@ -98,7 +100,7 @@ def _existence(leaf: Leaf, carried: dict[tuple, Path]) -> str:
 
 
 def _carried(leaf: Leaf, carried: dict[tuple, Path]) -> str:
-    found = read.find(leaf.value, leaf.origin.file)
+    found = read.find(leaf.value, leaf.origin.file) or read.find(legacy.template_name(leaf.value))
     if found:
         carried[leaf.path] = found
         return ""

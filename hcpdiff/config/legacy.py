@@ -36,14 +36,19 @@ SOURCE = {
 DATASET = {"att_mask_encode": "was removed; use att_mask of the source", "att_mask": "belongs to a source: data.<dataset>.source.<source>.att_mask"}
 
 LOGGERS = {"hcpdiff.loggers.CLILogger": "hcpdiff.loggers.ConsoleLogger", "hcpdiff.loggers.TBLogger": "hcpdiff.loggers.TensorBoardLogger"}
-UNUSED_LOGGER_KEYS = ("_partial_", "out_path", "log_step", "img_log_dir")
+UNUSED_LOGGER_KEYS = ("_partial_", "log_step", "img_log_dir")
+TEMPLATES = "prompt_tuning_template/"  # where the ancestor kept its prompt templates
+
+
+def template_name(name: str) -> str:
+    """A prompt template of the ancestor as we carry it: prompt_tuning_template/object.txt is cfgs/prompt_templates/object.txt."""
+    return name.replace(TEMPLATES, "cfgs/prompt_templates/", 1) if name.startswith(TEMPLATES) else name
 
 
 def modernise(tree: Map, notices: list[str]) -> None:
     """Rewrites one file's tree in place; what was rewritten is said in `notices`."""
-    for index, spec in enumerate(_seq(tree.get("logger"))):
-        if isinstance(spec, Map) and str(spec.get("_target_")) in LOGGERS:
-            _logger(spec, index, notices)
+    if isinstance(tree.get("logger"), Seq):
+        tree["logger"][:] = [made for index, spec in enumerate(tree["logger"]) for made in _logger(spec, index, notices)]
     for dataset in _maps(tree.get("data")):
         for source in _maps(dataset.get("source")):
             for name, rewrite in (("text_transforms", _text_transforms), ("image_transforms", _image_transforms)):
@@ -60,12 +65,20 @@ def _seq(node: Node) -> list:
     return node if isinstance(node, Seq) else []
 
 
-def _logger(spec: Map, index: int, notices: list[str]) -> None:
-    old = spec["_target_"]
-    spec["_target_"] = at(Text(LOGGERS[str(old)]), old.origin)
+def _logger(spec: Node, index: int, notices: list[str]) -> list[Node]:
+    """A logger under its name of today; the ancestor's console logger wrote a file as well."""
+    old = spec.get("_target_") if isinstance(spec, Map) else None
+    if not isinstance(old, Text) or str(old) not in LOGGERS:
+        return [spec]
     gone = [key for key in UNUSED_LOGGER_KEYS if spec.pop(key, None) is not None and key != "_partial_"]
+    path = spec.pop("out_path", None)
+    spec["_target_"] = at(Text(LOGGERS[str(old)]), old.origin)
+    made = [spec]
+    if str(old).endswith("CLILogger") and isinstance(path, Text) and not is_null(path):
+        made.append(at(Map(_target_=at(Text("hcpdiff.loggers.FileLogger"), old.origin), name=path), spec.origin))
     dropped = f"; {', '.join(gone)} no longer set there (train.log_step is one for all)" if gone else ""
-    notices.append(f"logger[{index}] ({old.origin}): {old} is called {LOGGERS[str(old)]} now{dropped}")
+    notices.append(f"logger[{index}] ({old.origin}): {old} is called {' and '.join(str(item['_target_']) for item in made)} now{dropped}")
+    return made
 
 
 def _optimizer(tree: Map) -> None:
