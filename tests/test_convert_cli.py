@@ -1,6 +1,7 @@
 """lora_convert as users run it: the guide's command, both directions, and one clear message with exit code 2 for each mistake."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -143,3 +144,10 @@ def test_the_converter_needs_neither_diffusers_nor_transformers_and_help_needs_n
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
     start = time.monotonic()
     assert convert("--help", cwd=run)[0] == 0 and time.monotonic() - start < 1.5
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_guide_to_conversion_names_every_option_and_no_other(language):
+    text = (Path(__file__).parents[1] / f"docs/{language}/user_guides/convert.md").read_text(encoding="utf-8")
+    options = {flag for action in lora_convert.parser()._actions for flag in action.option_strings if flag.startswith("--")}
+    assert set(re.findall(r"--[a-zA-Z_]+", text)) == options - {"--help", "--debug"}
