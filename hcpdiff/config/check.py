@@ -88,7 +88,7 @@ def _existence(leaf: Leaf, carried: dict[tuple, Path]) -> str:
     if not text:
         return "is empty text; null means none" if leaf.shape.nullable else "is empty text"
     if kind == "model":
-        missing = looks_local(text) and not os.path.exists(text)
+        missing = (looks_local(text) or text.startswith("'")) and not os.path.exists(text)
         return "is no folder here, and not the form of a hub id (name/name)" + _nearest(text) if missing else ""
     if kind == "carried":
         return _carried(leaf, carried)

@@ -115,7 +115,7 @@ class _Scanner:
             else:
                 literal += character
         what = "its closing quote" if quote else f"its closing '{closer}'"
-        raise ExpressionError(f"'{self.text[start:start + 40]}' is missing {what}")
+        raise ExpressionError(f"'{self.text[start:start + 40]}' is missing {what} (a backslash before the $ makes it literal)")
 
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv,

@@ -2,6 +2,7 @@
 
 import datetime
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ from . import check, legacy, overrides
 from .expressions import ExpressionError, has_expression
 from .merge import BASE, Idle, Layers, merge
 from .resolve import BROKEN, Resolver, key_path
-from .tree import Map, Node, Origin, Seq, Text, Word, at, copy, dotted, dump, plain
+from .tree import Map, Node, Origin, Seq, Text, Word, at, copy, dotted, dump, plain, written
 from .walk import Shape, Walk, default_at, default_of, fields, origin_of, shape_of, to_plain
 
 T = TypeVar("T")
+MENTION = re.compile(r"\$[{<]([^\s.:\[\]{}<>$]+)")
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,15 @@ class _Loader:
         self.schema, self.shape, self.now, self.allow = schema, shape_of(schema), now, allow
         self.faults: list[str] = []
         self.notices: list[str] = []
+        self.mentioned: set[str] = set()  # top-level keys that an expression of any layer names, replaced ones too
 
     def load(self, path: str, arguments: list[str]) -> Loaded:
         layers = Layers(self.faults)
         layers.add(path)
+        unread = bool(self.faults)
         given = overrides.parse(arguments, self.faults)
-        if len(layers.trees) < 1 or layers.faults and len(layers.read) > len(layers.files):
-            raise ConfigError(self.faults)  # a file is missing or unreadable: what follows would be noise
+        if unread:
+            raise ConfigError(self.faults)  # what follows from a missing or broken file would be noise
         tree = self.merged(layers, given)
         own_layer = len(layers.trees) - 1
         self.either(tree)
@@ -84,11 +88,14 @@ class _Loader:
         for layer in layers.trees:
             legacy.modernise(layer, self.notices)
             self.spell(layer, self.shape)
+            self.mentioned.update(name for text in _texts(layer) for name in MENTION.findall(text))
             tree = merge(tree, layer, (), idle)
         for path, origin, hint in idle:
             if not self.shape.at(path[:-1]).knows(path[-1]):
                 self.faults.append(f"{dotted(path)} = '---' ({origin}): there is no such key to delete{hint}")
+        self.complete(tree, given)
         overrides.apply(tree, given, self.shape, len(layers.trees), self.faults)
+        self.complete(tree, [])
         if BASE in tree:
             self.faults.append(f"{BASE} cannot be set on the command line: write it in the file")
             del tree[BASE]
@@ -108,6 +115,19 @@ class _Loader:
             elif main != name:
                 node[main] = node.pop(name)
             self.spell(node.get(main), shape.child(main))
+
+    def complete(self, tree: Map, given: list[overrides.Override]) -> None:
+        """Arguments of an object whose `_target_` nobody wrote belong to the default's: its map is put below them."""
+        for path, default in _default_specs(self.schema):
+            node = _node(tree, dotted(path))
+            inner = {override.path[len(path)] for override in given if len(override.path) > len(path) and override.path[:len(path)] == path}
+            written_map = isinstance(node, Map) and "_target_" not in node
+            if "_target_" not in inner and (written_map or inner and node is None):
+                parent: Any = tree
+                for part in path[:-1]:
+                    parent = parent.setdefault(part, Map()) if isinstance(parent, Map) else None
+                if isinstance(parent, Map):
+                    parent[path[-1]] = at(merge(written(default), node or Map(), path, []), origin_of(node))
 
     def either(self, tree: Map) -> None:
         """Of two keys that say one thing, the one that the later layer set stays; the other becomes null."""
@@ -161,10 +181,10 @@ class _Loader:
         return value if value is BROKEN else str(value)
 
     def unread(self, tree: Map, names: list[str], own_layer: int) -> None:
-        """Free keys that nothing reads: a fault of the user's file or command line, a notice about a base."""
+        """Free keys that nothing reads: a fault of the user's file or command line, a notice where a base wrote it or its reader was replaced."""
         for name in names:
             origin = origin_of(tree[name])
-            if origin.layer >= own_layer:
+            if origin.layer >= own_layer and name not in self.mentioned:
                 self.faults.append(f"{name} ({origin}) is not a known key, and nothing reads it{self._belongs(name)}")
             else:
                 self.notices.append(f"{name} ({origin}) is a key that nothing reads")
@@ -196,6 +216,25 @@ class _Loader:
         if isinstance(node, Seq):
             return Seq(self.frozen(value, resolver, (*path, index)) for index, value in enumerate(node))
         return resolver.frozen(node, path) if isinstance(node, Text) else node
+
+
+def _default_specs(schema: type, path: tuple = ()) -> list[tuple[tuple, dict]]:
+    """(path, default) of every `_target_` map with a default, not counting those in lists and free maps."""
+    found = []
+    for name, field in fields(schema).items():
+        default = None if field.required else default_of(field)
+        if field.shape.record:
+            found += _default_specs(field.shape.record, (*path, name))
+        elif isinstance(default, dict) and "_target_" in default:
+            found.append(((*path, name), default))
+    return found
+
+
+def _texts(node: Node) -> list[str]:
+    """Every text below a node."""
+    if isinstance(node, (Map, Seq)):
+        return [text for item in (node.values() if isinstance(node, Map) else node) for text in _texts(item)]
+    return [node] if isinstance(node, str) else []
 
 
 def _all_names(schema: type) -> list[str]:

@@ -10,7 +10,7 @@ from .resolve import key_path, near
 from .tree import DELETE, Map, Node, Origin, Seq, Text, Word, at, dotted
 from .walk import Shape
 
-KEY = re.compile(r"[^\s.\[\]=,{}$]+(\.[^\s.\[\]=,{}$]+|\[\d{1,6}\])*$")
+KEY = re.compile(r"(?![+~])[^\s.\[\]=,{}$]+(\.[^\s.\[\]=,{}$]+|\[\d{1,6}\])*$")
 DEEPEST = 30
 
 

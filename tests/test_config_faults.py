@@ -1,0 +1,156 @@
+"""What is wrong with a config is told at once, all of it, with the nearest key that is right."""
+
+import pytest
+from config_help import SMALL, faults, small, write
+
+from hcpdiff.config.load import load
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_all_faults_come_in_one_message(tmp_path):
+    text = SMALL.replace("train_epochs", "train_epoch").replace("pictures}", "nowhere, repeats: 0, caption_fle: x}")
+    found = faults(tmp_path, "seed=abc", "lora_unet.5.rank=1", "train.noise_offset=${nothing}", "model.vae=./gone", "foo=1", text=text)
+    wanted = ("lora_unet has 1 element", "noise_offset = '${nothing}' (command line): names no key", "train.train_epoch (run.yaml:6) is not a known key. Nearest: train_epochs",
+              "seed = 'abc' (command line) is not allowed; a whole number is expected", "img_root = 'nowhere' (run.yaml:11) does not exist", "repeats = 0 (run.yaml:11) must be at least 1",
+              "caption_fle (run.yaml:11) is not a known key. Nearest: caption_file", "model.vae = './gone'", "foo (command line)")
+    for part in wanted:
+        assert sum(part in fault for fault in found) == 1, (part, found)
+    assert len(found) == len(wanted)
+
+
+@pytest.mark.parametrize("override, says", [
+    ("train.save_step=2.5", "a whole number or null is expected"), ("train.save_step='5'", "is text, being in quotes"), ("train.save_step=", "a whole number"),
+    ("mixed_precision=fp61", "Nearest: fp16"), ("lora_unet=5", "a list or null is expected"), ("preview.prompts=a cat", "a list is expected"),
+    ("model=x", "a map is expected"), ("train.max_grad_norm=0", "must be above 0"), ("train.max_grad_norm=.nan", "a number"), ("lora_unet.0.dropout=1", "must be below 1"),
+    ("lora_unet.0.rank=4.5", "must be a whole number, or a share below 1"), ("lora_unet.0.layers=['re:(']", "no regular expression"), ("lora_unet.0.layers=[]", "name at least one"),
+    ("lora_unet=null", "nothing to train"), ("data=---", "data is missing"), ("train.train_epochs=null", "how long to train"), ("train.max_timestep=1", ""),
+    ("data.dataset1.bucket.sizes=[[512, 512], [64]]", "sizes[1] = [64]"), ("data.dataset1.source.source1.bg_color=[0, 0, 300]", "from 0 to 255"),
+    ("train.optimizer={weight_decay: 1}", ""), ("model.noise_scheduler={beta_start: 1}", "needs a _target_"), ("data.dataset1.cache_latents=maybe", "one of memory, disk, none"),
+    ("unet_lr=fast", "lora_unet[0].lr = 'fast'"), ("_base_=x.yaml", "cannot be set on the command line"), ("lora_unet.a=1", "is a list"), ("seed.x=1", "seed is a map"), ("unet_lr.x=1", "not a map or list"),
+    ("lora_text_encoder.0.lr=1", "has no elements"), ("+seed=1", "no + ~ or -"), ("se ed=1", "is no key"), ("preview.prompts=[a", "is no YAML"), ("train_steps=5", "It belongs below: train.train_steps"),
+    ("train.optimzer={}", "Nearest: optimizer"), ("model.enable_xformers=true", "was removed; use model.attention: xformers"), ("interface=[]", "was removed; use preview"),
+    ("seed=99999999999999999999999", "a whole number"), ("seed=-1", "at least 0"), ("exp_dir=", "is empty text"),
+])
+def test_each_kind_of_fault_says_what_is_expected(tmp_path, override, says):
+    found = faults(tmp_path, override)
+    assert (says in " ".join(found) and len(found) == 1) if says else found == []
+
+
+@pytest.mark.parametrize("text, says", [
+    ("seed: 1\nseed: 2\n", "run.yaml:2: the key 'seed' stands here a second time (first in line 1)"), ("train:\n\tx: 1\n", "line 2, column 1. Indent with spaces"),
+    ("a: [1\n", "run.yaml:2 is no YAML"), ('a: "C:\\Users"\n', "use single quotes, or / in paths"), ("a: b: c\n", "quotes"), ("a: !!python/object:os.system {}\n", "the tag !!python/object:os.system"),
+    ("- 1\n", "a config file is a mapping"), ("a: &a [*a]\n", "contains itself"), ("_base_: 5.5.yaml\n", "is not there"), ("_base_: [{}]\n", "takes the path"),
+    ("a: 1\n---\nb: 2\n", "another document"), ("a: {{b}: 1}\n", "cannot be a key"), ("\x01", "is no YAML"), ("a: " + "[" * 60 + "]" * 60, "nested more than"),
+])
+def test_yaml_faults_name_line_and_column(tmp_path, text, says):
+    assert says in faults(tmp_path, text=text)[0]
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "run.yaml").write_bytes("seed: 1 # é".encode("latin-1"))
+    with pytest.raises(Exception, match="is not UTF-8"):
+        load("run.yaml")
+
+
+def test_a_tab_in_a_path_is_told_from_a_missing_folder(tmp_path):
+    found = faults(tmp_path, text=SMALL.replace("pictures", '"C:\\train"'))
+    assert len(found) == 1 and "control character '\\t'" in found[0] and "single quotes" in found[0]
+
+
+def test_single_quotes_of_cmd_exe_are_recognised(tmp_path):
+    assert "cmd.exe" in faults(tmp_path, "model.pretrained_model_name_or_path='some/model'")[0]
+
+
+@pytest.mark.parametrize("name, ok", [("some/model", True), ("./model", False), ("/gone/model", False), ("models/sd/v15", False), ("model", False), ("a\\b", False), ("pictures", True), ("models/", False)])
+def test_model_names_that_can_only_be_folders_must_exist(tmp_path, name, ok):
+    assert (faults(tmp_path, f"model.pretrained_model_name_or_path={name}") == []) is ok
+
+
+def test_captions_templates_and_weights_must_be_there(tmp_path):
+    source = "data.dataset1.source.source1"
+    for key, name in (("caption_file", "pictures/captions.json"), ("prompt_template", "tmpl.txt"), ("att_mask", "masks")):
+        found = faults(tmp_path, f"{source}.{key}={name}")
+        assert len(found) == 1 and name in found[0]
+    assert "lora.safetensors" in faults(tmp_path, "model.init_lora=lora.safetensors")[0]
+    assert faults(tmp_path, f"{source}.prompt_template=cfgs/prompt_templates/object.txt", f"{source}.caption_file=pictures") == []
+    assert small(tmp_path, f"{source}.prompt_template=prompt_tuning_template/object.txt").config.data["dataset1"].source["source1"].prompt_template.endswith("cfgs/prompt_templates/object.txt")
+
+
+@pytest.mark.parametrize("value, says", [
+    ("${hcp.eval:\"__import__('os').system('x')\"}", "arithmetic only"), ("${hcp.eval:9**9**9}", "too large"), ("${hcp.eval:1/0}", "division by zero"), ("${hcp.eval:(1}", "cannot read"),
+    ("${oc.env:HOME}", "is not available"), ("${hcp.tmie:}", ""), ("${hcp.eval:\"${unet_lr", ""), ("${hcp.eval:round(5, -99999999)}", "round takes"),
+])
+def test_expressions_that_fail_are_named(tmp_path, value, says):
+    found = faults(tmp_path, f"exp_dir={value}")
+    assert says in found[0] if says else found == [], "text that names no resolver is literal on the command line"
+    in_file = faults(tmp_path, more=f"exp_dir: '{value}'\n".replace("'os'", '"os"').replace("'x'", '"x"'))
+    assert len(in_file) == 1 and "exp_dir" in in_file[0]
+
+
+def test_circles_of_interpolations_are_told_once(tmp_path):
+    found = faults(tmp_path, more="a: ${b}\nb: ${a}\nseed: ${a}\n")
+    assert len(found) == 1 and "circle" in found[0]
+    assert "circle" in faults(tmp_path, more="seed: ${seed}\n")[0]
+    assert "circle" in faults(tmp_path, more="preview: {every: '${preview}'}\n")[0]
+
+
+def test_growth_by_interpolation_is_bounded(tmp_path):
+    more = "a0: [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+    for level in range(8):
+        more += f"a{level + 1}: [{', '.join([f'${{a{level}}}'] * 10)}]\n".replace("${", "'${").replace("}", "}'")
+    more += "preview: {prompts: '${a8}'}\n"
+    assert "grows beyond" in " ".join(faults(tmp_path, more=more))
+
+
+@pytest.mark.parametrize("target, says", [("os.system", "--allow-target os"), ("builtins.eval", "not among those allowed"), ("AdamW", "package.module.Class"), ("torch..x", "package.module.Class"), ("torchx.A", "not among")])
+def test_targets_of_foreign_packages_are_refused_without_importing_them(tmp_path, target, says):
+    assert says in faults(tmp_path, f"train.optimizer._target_={target}")[0]
+
+
+def test_allow_target_adds_a_package_and_nested_targets_are_looked_at(tmp_path):
+    assert small(tmp_path, "train.optimizer._target_=mine.Adam", allow=["mine"]).config.train.optimizer["_target_"] == "mine.Adam"
+    found = faults(tmp_path, "train.optimizer.a={b: [{_target_: os.system}], trust_remote_code: true}")
+    assert len(found) == 2 and "train.optimizer.a.b[0]._target_ = 'os.system'" in found[0] and "trust_remote_code is refused" in found[1]
+
+
+OLD = """
+train: {optimizer: {_target_: torch.optim.AdamW, _partial_: true}}
+logger:
+  - {_target_: hcpdiff.loggers.CLILogger, _partial_: True, out_path: train.log, log_step: 20}
+  - {_target_: hcpdiff.loggers.TBLogger, _partial_: True, out_path: tblog/, log_step: 10}
+data:
+  dataset1:
+    _target_: hcpdiff.data.TextImagePairDataset
+    _partial_: true
+    source:
+      source1:
+        _target_: hcpdiff.data.source.Text2ImageAttMapSource
+        repeat: 3
+        image_transforms: {_target_: torchvision.transforms.Compose, transforms: [{_target_: torchvision.transforms.ToTensor}, {_target_: torchvision.transforms.Normalize, mean: [0.5], std: [0.5]}]}
+        text_transforms:
+          _target_: torchvision.transforms.Compose
+          transforms:
+            - {_target_: hcpdiff.utils.caption_tools.TagShuffle}
+            - {_target_: hcpdiff.utils.caption_tools.TagDropout, p: 0.2}
+            - {_target_: hcpdiff.utils.caption_tools.TemplateFill, word_names: {pt1: cat1, class: cat}}
+    bucket: {_target_: hcpdiff.data.bucket.RatioBucket.from_files, num_bucket: 5}
+"""
+
+
+def test_configs_of_the_ancestor_mean_what_they_meant(tmp_path):
+    write(tmp_path, OLD, "old.yaml")
+    loaded = small(tmp_path, more="_base_: old.yaml\n")
+    source = loaded.config.data["dataset1"].source["source1"]
+    assert (source.repeats, source.tag_shuffle, source.tag_dropout, source.word_names) == (3, True, 0.2, {"pt1": "cat1", "class": "cat"})
+    assert loaded.config.data["dataset1"].bucket.num_bucket == 5 and loaded.config.train.optimizer == {"_target_": "torch.optim.AdamW"}
+    assert [spec["_target_"].rsplit(".")[-1] for spec in loaded.config.logger] == ["ConsoleLogger", "FileLogger", "TensorBoardLogger"]
+    assert sum("is called" in notice for notice in loaded.notices) == 2
+
+
+def test_unknown_transforms_and_targets_of_the_ancestor_are_faults(tmp_path):
+    found = faults(tmp_path, "data.dataset1._target_=hcpdiff.data.Other", "data.dataset1.source.source1.text_transforms={_target_: a.b.Strange}")
+    assert len(found) == 2 and "leave it out" in found[0] and "was removed; use tag_shuffle" in found[1]
