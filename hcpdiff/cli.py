@@ -82,7 +82,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
 
 
 def check_stray(args: Sequence[str], parser: argparse.ArgumentParser | None = None) -> None:
-    """ConfigError when an argument is blank, a lone backslash, or starts with '#': what a comment after '\\' leaves behind.
+    """ConfigError when an argument is blank, a backslash alone, or starts with '#': what a comment after '\\' leaves behind.
 
     Values that follow an option of `parser` are passed over.
     """
@@ -90,7 +90,8 @@ def check_stray(args: Sequence[str], parser: argparse.ArgumentParser | None = No
                    for flag in action.option_strings if not isinstance(action, (argparse._StoreTrueAction, argparse._HelpAction))}
     previous = ""
     for arg in args:
-        if previous not in takes_value and (not arg.strip() or arg == "\\" or arg.startswith("#")):
+        left = arg.strip()  # a shell makes ' #' of '\ # comment'
+        if previous not in takes_value and (left in ("", "\\") or left.startswith("#")):
             after = f" after {previous!r}" if previous else ""
             raise ConfigError(f"stray argument {arg!r}{after}. {COMMENT_HINT}")
         previous = arg

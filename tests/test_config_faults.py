@@ -30,7 +30,7 @@ def test_all_faults_come_in_one_message(tmp_path):
     ("lora_unet=null", "nothing to train"), ("data=---", "data is missing"), ("train.train_epochs=null", "how long to train"), ("train.max_timestep=1", ""),
     ("data.dataset1.bucket.sizes=[[512, 512], [64]]", "sizes[1] = [64]"), ("data.dataset1.source.source1.bg_color=[0, 0, 300]", "from 0 to 255"),
     ("train.optimizer={weight_decay: 1}", ""), ("model.noise_scheduler={beta_start: 1}", "needs a _target_"), ("data.dataset1.cache_latents=maybe", "one of memory, disk, none"),
-    ("unet_lr=fast", "lora_unet[0].lr = 'fast'"), ("_base_=x.yaml", "cannot be set on the command line"), ("lora_unet.a=1", "is a list"), ("seed.x=1", "seed is a map"), ("unet_lr.x=1", "not a map or list"),
+    ("unet_lr=fast", "lora_unet[0].lr = 'fast'"), ("_base_=x.yaml", "cannot be set on the command line"), ("lora_unet.a=1", "is a list"), ("seed.x=1", "is a map; a whole number"), ("unet_lr.x=1", "not a map or list"),
     ("lora_text_encoder.0.lr=1", "has no elements"), ("+seed=1", "no + ~ or -"), ("se ed=1", "is no key"), ("preview.prompts=[a", "is no YAML"), ("train_steps=5", "It belongs below: train.train_steps"),
     ("train.optimzer={}", "Nearest: optimizer"), ("model.enable_xformers=true", "was removed; use model.attention: xformers"), ("interface=[]", "was removed; use preview"),
     ("seed=99999999999999999999999", "a whole number"), ("seed=-1", "at least 0"), ("exp_dir=", "is empty text"),
