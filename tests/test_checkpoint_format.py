@@ -4,9 +4,12 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hcpdiff.checkpoint.format import META_COMPONENT, META_FORMAT, load_lora, save_lora
 from hcpdiff.checkpoint.io import read_tensors, save_tensors
+from hcpdiff.checkpoint.lora_parse import parse
 from hcpdiff.errors import CheckpointError
 from hcpdiff.lora_tensors import LoraTensors
 
@@ -156,7 +159,8 @@ def test_peft_without_a_config_is_taken_at_scale_one_and_said(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "words"), [("{", "not JSON"), ("[]", "not a map"), ('{"use_dora": true}', "DoRA"),
-                                              ('{"r": 2, "lora_alpha": 2, "alpha_pattern": {"(a+)+$": 1}}', "plain layer names")])
+                                              ('{"r": 2, "lora_alpha": -1}', "not two positive"), ('{"r": 2, "lora_alpha": 1e999}', "not two positive"),
+                                              ('{"r": "2", "lora_alpha": 1}', "not two positive"), ('{"r": 2, "lora_alpha": 2, "alpha_pattern": {"(a+)+$": 1}}', "plain layer names")])
 def test_a_peft_config_that_is_not_understood_is_refused(tmp_path, text, words):
     with pytest.raises(CheckpointError, match=words):
         load_lora(peft_file(tmp_path, None, {"lora_adapter_metadata": text}, "other.safetensors"))
@@ -218,3 +222,20 @@ def test_files_of_a_later_format_and_empty_ones_are_refused(tmp_path):
         load_lora(write(tmp_path / "a", GOOD, {META_COMPONENT: "unicorn"}))
     with pytest.raises(CheckpointError, match="holds no tensors"):
         load_lora(write(tmp_path / "a", {}))
+
+
+_stem = st.lists(st.sampled_from(["lora:", "unet", "text_encoder", "base_model", "model", "attn1", "to_q", "processor", "self_attn", "___", "layer", "lora_unet_conv_in",
+                                  "lora_te_", "lycoris_", "denoiser", "clip_bigG", ""]), min_size=1, max_size=6).map(".".join)
+_end = st.sampled_from([".lora_down.weight", ".lora_up.weight", ".lora_mid.weight", ".alpha", ".lora_A.x.weight", ".lora_B.weight", "_lora.down.weight", ".W_up", ".W_down", ".bias", ""])
+_tensor = st.tuples(st.lists(st.integers(0, 3), max_size=5), st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool])).map(lambda t: torch.ones(t[0], dtype=t[1]))
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.dictionaries(st.tuples(_stem, _end).map("".join), _tensor, max_size=4), st.sampled_from([None, "unet", "text_encoder_2"]), st.text(max_size=20))
+def test_no_keys_and_shapes_raise_anything_but_our_error(tmp_path_factory, tensors, component, config):
+    try:
+        layers, _, _ = parse(tensors, {"lora_adapter_metadata": config}, component, tmp_path_factory.getbasetemp() / "fuzz")
+    except CheckpointError as error:
+        assert error.faults
+    else:
+        assert all(lora.delta().isfinite().all() for named in layers.values() for lora in named.values())

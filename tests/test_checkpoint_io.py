@@ -69,6 +69,11 @@ def test_payload_hash_is_that_of_the_bytes_after_the_header(tmp_path):
     assert payload_sha256(some_tensors()) == hashlib.sha256(raw[read_header(tmp_path / "a").payload:]).hexdigest()
 
 
+def test_long_names_in_any_script_are_written(tmp_path):
+    save_tensors(tmp_path / ("猫" * 80), {"x": torch.ones(1)}, {})  # 240 of the 255 bytes that a name may have
+    assert (tmp_path / ("猫" * 80)).is_file()
+
+
 def test_read_tensors_do_not_depend_on_the_file_any_more(tmp_path):
     save_tensors(tmp_path / "a", {"x": torch.ones(4)}, {})
     tensors, _ = read_tensors(tmp_path / "a")
@@ -218,6 +223,8 @@ def test_a_run_folder_stands_for_its_newest_step_with_all_parts(tmp_path):
     assert newest(ckpts) == found and locate(ckpts / "unet-900.safetensors") == ckpts / "unet-900.safetensors"
     assert set(beside(ckpts / "unet-1000.safetensors")) == {"text_encoder", "text_encoder_2"} and beside(ckpts / "unet-900.safetensors") == {}
     assert split_name("text_encoder_2-5.safetensors") == ("text_encoder_2", "5") and split_name("mylora.safetensors") is None
+    with pytest.raises(CheckpointError, match="cannot be read: File name too long"):
+        locate("x" * 5000)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no weight files"):
         locate(tmp_path / "empty")

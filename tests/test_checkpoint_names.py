@@ -74,6 +74,14 @@ def test_sdxl_is_written_with_ldm_names_and_sd1_with_diffusers_names():
     assert BY_NAME["sd1"].webui_base(UNET, "up_blocks.0.upsamplers.0.conv") == "lora_unet_up_blocks_0_upsamplers_0_conv"
 
 
+def test_ldm_upsamplers_stand_after_the_attention_where_there_is_one():
+    def ldm(plan):
+        return [module.ldm for path, module in unet_modules(plan).items() if ".upsamplers." in path]
+
+    assert ldm(SD1) == ldm(SD2) == ["output_blocks.2.1.conv", "output_blocks.5.2.conv", "output_blocks.8.2.conv"]
+    assert ldm(SDXL) == ["output_blocks.2.2.conv", "output_blocks.5.2.conv"]
+
+
 def test_ldm_upsamplers_are_found_with_and_without_attention():
     assert unet_path("output_blocks_2_1_conv") == unet_path("output_blocks_2_2_conv") == "up_blocks.0.upsamplers.0.conv"
 

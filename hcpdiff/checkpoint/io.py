@@ -35,7 +35,7 @@ def write_atomic(path: Path | str, write: Callable[[BinaryIO], None], check: Cal
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"{path} cannot be written: it is a folder.")
-    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:

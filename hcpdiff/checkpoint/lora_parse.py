@@ -165,8 +165,10 @@ def _scale_of(config: Mapping, component: str, layer: str) -> float | None:
     """alpha / r (alpha / sqrt r with rslora) of a layer in a PEFT config, whose keys may begin with the component; None without one."""
     own = {key.removeprefix(f"{component}."): value for key, value in config.items() if key.startswith(f"{component}.")} or config
     alpha, rank = _pattern(own, "alpha_pattern", layer, own.get("lora_alpha")), _pattern(own, "rank_pattern", layer, own.get("r"))
-    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 for value in (alpha, rank)):
+    if alpha is None or rank is None:
         return None
+    if not all(type(value) in (int, float) and 0 < value < 1e9 for value in (alpha, rank)):
+        raise CheckpointError(f"the PEFT config's lora_alpha = {str(alpha)[:40]} and r = {str(rank)[:40]} are not two positive numbers.")
     return alpha / (math.sqrt(rank) if own.get("use_rslora") else rank)
 
 

@@ -26,11 +26,18 @@ def missing(path: Path | str, most: int = 5) -> str:
     here = next((parent for parent in path.parents if parent.exists()), Path("."))
     if not here.is_dir():
         return f"{path} does not exist: {here} is a file, not a folder."
-    wanted = path.relative_to(here).parts[0] if here != Path(".") or not path.is_absolute() else path.name
-    names = sorted(entry.name for entry in here.iterdir() if not entry.name.startswith("."))
-    near = difflib.get_close_matches(wanted, names, n=most, cutoff=0.5) or [n for n in names if n.endswith(path.suffix or SUFFIX)][:most]
-    there = f"Nearest in {_folder(here)}: {', '.join(near)}." if near else f"{_folder(here)} holds {_few(names, most)}."
+    wanted = path.parts[len(here.parts)] if here in path.parents else path.name
+    names = _names(here)
+    near = difflib.get_close_matches(wanted, names, n=most, cutoff=0.5) or [name for name in names if name.endswith(path.suffix or SUFFIX)][:most]
+    there = f"Nearest in {_folder(here)}: {', '.join(near)}." if near else f"In {_folder(here)}: {_few(names, most)}."
     return f"{path} does not exist. {there}"
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    except PermissionError:
+        return []
 
 
 def _folder(path: Path) -> str:
@@ -80,8 +87,12 @@ def newest(folder: Path | str) -> StepFiles:
 def locate(path: Path | str) -> Path | StepFiles:
     """`path` itself where it is a file, the newest step where it is a run folder; CheckpointError with near names where it is not there."""
     path = Path(path)
-    if path.is_dir():
-        return newest(path)
-    if not path.exists():
+    try:
+        if path.is_dir():
+            return newest(path)
+        there = path.exists()
+    except OSError as error:  # a name too long, a folder that may not be read
+        raise CheckpointError(f"{str(path)[:200]} cannot be read: {error.strerror or error}.") from error
+    if not there:
         raise CheckpointError(missing(path))
     return path
