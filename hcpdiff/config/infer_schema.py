@@ -1,5 +1,7 @@
 """Every key of a drawing config (`python -m hcpdiff.visualizer`): type, default, unit and meaning. Same rules as `config.schema`."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -19,6 +21,19 @@ REMOVED = {
     "save_root": "is called out_dir.", "vae": "is given as new_components.vae.", "scheduler": "is given as new_components.scheduler.",
     "mixed_precision": "is called dtype here.", "num_images": "is given as bs (at once) and num (how often).",
 }
+
+# Arguments of the pipeline that other keys (or we) give.
+OWNED = {
+    "prompt": "use the key prompt", "negative_prompt": "use the key neg_prompt", "num_images_per_prompt": "use bs and num", "generator": "use the key seed",
+    "clip_skip": "use the key clip_skip", "latents": "they come from the key seed", "prompt_embeds": "they come from the key prompt",
+    "negative_prompt_embeds": "they come from the key neg_prompt", "output_type": "use save.image_type", "return_dict": "it is not needed",
+    "callback": "it is not needed", "callback_steps": "it is not needed", "callback_on_step_end": "it is not needed",
+    "callback_on_step_end_tensor_inputs": "it is not needed", "cross_attention_kwargs": "a LoRA's strength is lora_alpha",
+    "ip_adapter_image": "IP-adapter is not built yet", "ip_adapter_image_embeds": "IP-adapter is not built yet",
+    "image": "img2img is not built yet", "strength": "img2img is not built yet", "mask_image": "inpaint is not built yet",
+}
+# Least value, and whether it is an integer, of the arguments that every pipeline has.
+NUMBERS = {"width": (8, int), "height": (8, int), "num_inference_steps": (1, int), "guidance_scale": (0, float), "guidance_rescale": (0, float), "eta": (0, float)}
 
 
 @dataclass
@@ -60,14 +75,14 @@ class InferConfig:
     """Top level of a drawing config."""
 
     REMOVED: ClassVar = REMOVED
-    pretrained_model: str = key(doc="Base model in diffusers format: a local folder or a hub id.", zh="底模（diffusers 格式）：本地文件夹或 huggingface 上的模型名。")
+    pretrained_model: str = key(doc="Base model in diffusers format: a local folder or a hub id.", zh="底模（diffusers 格式）：本地文件夹或 huggingface 上的模型名。", exists="model")
     revision: str | None = key(None, "Branch, tag or commit on the hub.", "hub 上的分支、标签或提交。")
     variant: str | None = key(None, "Weight variant on the hub or in the folder, such as fp16.", "权重变体，例如 fp16。")
 
     prompt: str | list[str] = key("", "What to draw: {text:1.2} weighs text, {text} means 1.1. A list: each prompt is drawn bs × num times.",
                                   "提示词：{文本:1.2} 调整权重，{文本} 为 1.1。列表：每个提示词各画 bs × num 张。")
     neg_prompt: str | list[str] = key("", "Negative prompt, one for all or one per prompt.", "反向提示词：共用一个，或每个提示词各一个。")
-    prompt_file: str | None = key(None, "Text file with one prompt per line, instead of prompt.", "每行一个提示词的文本文件，代替 prompt。", path=True)
+    prompt_file: str | None = key(None, "Text file with one prompt per line, instead of prompt.", "每行一个提示词的文本文件，代替 prompt。", path=True, exists="file")
     prompt_syntax: Literal["hcp", "webui", "plain"] = key(
         "hcp", "How prompts are read. hcp: {text:1.2}; webui: (text:1.2), [text], BREAK, <lora:name:0.8>; plain: no weights.",
         "提示词语法。hcp：{文本:1.2}；webui：(文本:1.2)、[文本]、BREAK、<lora:名字:0.8>；plain：不含权重。")
@@ -87,7 +102,7 @@ class InferConfig:
     lora_alpha_TE: float | list[float] | None = key(None, "Strength on the text encoder. null: as lora_alpha.", "文本编码器上的强度；null 与 lora_alpha 相同。")
     merge: list[MergeItem] | dict | None = key(None, "Several LoRAs: a list of {path, path_TE, alpha, alpha_TE, layers}. The ancestor's group1: … form is read too.",
                                                "多个 LoRA：{path, path_TE, alpha, alpha_TE, layers} 的列表；也支持旧版 group1: … 写法。")
-    lora_dir: str | None = key(None, "Folder in which webui's <lora:name:0.8> finds name.safetensors.", "webui 语法 <lora:名字:0.8> 查找文件的文件夹。", path=True)
+    lora_dir: str | None = key(None, "Folder in which webui's <lora:name:0.8> finds name.safetensors.", "webui 语法 <lora:名字:0.8> 查找文件的文件夹。", path=True, exists="folder")
 
     seed: int | list[int] | None = key(None, "Seed of the first picture; picture i has seed + i. A list: one picture per seed. null: a random one, which is said.",
                                        "第一张图的种子，第 i 张为 seed + i。列表：每个种子一张图。null：随机并打印。", ge=0, lt=2**32)
@@ -104,10 +119,22 @@ class InferConfig:
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps, xpu.", "auto、cpu、cuda、cuda:1、mps、xpu。")
     attention: Literal["auto", "sdpa", "xformers", "eager"] = key("auto", "Attention kernel. auto: torch's scaled_dot_product_attention.", "注意力实现。auto 为 torch 的 SDPA。")
     cpu_threads: int | Literal["auto"] = key("auto", "Threads of torch on the CPU. auto: all cores.", "CPU 线程数。auto 为全部核心。", ge=1)
-    offload: bool | Literal["model", "sequential"] = key(
+    offload: bool | Literal["model", "sequential"] | None = key(
         False, "Keep parts in main memory while they are not used. true or model: whole parts; sequential: layer by layer (least memory, slow).",
         "不用的部分放在内存中。true 或 model：整个部件；sequential：逐层（显存最少，较慢）。")
     vae_optimize: VaeOptimize = key(VaeOptimize, "Less memory while the VAE decodes.", "VAE 解码省显存选项。")
 
     out_dir: str = key("output", "Folder of the pictures; files are numbered and never overwritten.", "图片输出文件夹；文件自动编号，不会覆盖。", path=True)
     save: SaveConfig = key(SaveConfig, "How pictures are written.", "图片保存方式。")
+
+    def check(self) -> Iterator[str]:
+        """Faults of infer_args that need no pipeline to be seen."""
+        for name in self.infer_args:
+            if name in OWNED:
+                yield f"infer_args.{name} cannot be given there: {OWNED[name]}"
+        for name, (least, kind) in NUMBERS.items():
+            value = self.infer_args.get(name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            good = number and value >= least and (kind is float or float(value).is_integer())
+            if value is not None and not good:
+                yield f"infer_args.{name} = {value!r}; it must be {'a whole number' if kind is int else 'a number'}, at least {least}"

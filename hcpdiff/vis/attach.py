@@ -18,10 +18,11 @@ Layers = dict[str, LoraTensors]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A source with its layers by component ('unet', 'text_encoder')."""
+    """A source with its layers by component ('unet', 'text_encoder'), and what its reader wants said."""
 
     source: LoraSource
     layers: Mapping[str, Layers]
+    notices: tuple[str, ...] = ()
 
     def strength(self, component: str) -> float:
         """Strength on a component."""
@@ -54,9 +55,10 @@ def read_all(sources: Sequence[LoraSource]) -> list[Loaded]:
 
 def read(source: LoraSource) -> Loaded:
     """The layers of one source: the UNet's file, the text encoder's file, or one file that holds both."""
-    layers = {component: dict(found) for component, found in load_lora(source.path).layers.items()} if source.path else {}
+    files = [load_lora(path) for path in (source.path, source.path_TE) if path]
+    layers = dict(files[0].layers) if source.path else {}
     if source.path_TE:
-        text = {component: found for component, found in load_lora(source.path_TE).layers.items() if component != "unet"}
+        text = {component: found for component, found in files[-1].layers.items() if component != "unet"}
         if not any(text.values()):
             raise LayerMatchError(f"{source.key}: {source.path_TE} holds no layers of a text encoder.")
         layers = {"unet": layers["unet"]} | text if "unet" in layers else text
@@ -66,7 +68,7 @@ def read(source: LoraSource) -> Loaded:
             raise LayerMatchError(f"{source.key}: {source.path} holds layers of the text encoder only, and path_TE is null.")
     if source.layers is not None:
         layers = chosen(layers, source.layers, f"{source.key}.layers")
-    return Loaded(source, layers)
+    return Loaded(source, layers, tuple(notice for file in files for notice in file.notices))
 
 
 def chosen(layers: Mapping[str, Layers], patterns: Sequence[str], key: str) -> dict[str, Layers]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..config.build import build, check_target
+from ..config.build import build, check_target, locate
 from ..errors import ConfigError, HCPError
 from ..families.source import load_whole
 
@@ -19,13 +19,8 @@ def check(specs: Mapping[str, Mapping], known: Sequence[str], allow: Sequence[st
         if name not in known:
             faults.append(f"{where}: this model has no such part; it has {', '.join(known)}.")
         else:
-            faults += check_target(spec, slot_of(name), where, allow)
+            faults += check_target(spec, name, where, allow)
     return faults
-
-
-def slot_of(name: str) -> str:
-    """The slot whose types the part accepts."""
-    return "noise_scheduler" if name == "scheduler" else "component"
 
 
 def base_scheduler(config: Mapping):
@@ -46,23 +41,24 @@ def build_scheduler(spec: Mapping, base, allow: Sequence[str]):
     """
     where = "new_components.scheduler"
     if str(spec["_target_"]).rsplit(".", 1)[-1] in ("from_pretrained", "from_config"):
-        return build(dict(spec), slot_of("scheduler"), where, allow)
+        return build(spec, "scheduler", where, allow)
     kind = locate(spec["_target_"])
     takes = kind._get_init_keys(kind)
     own = set(base.config.get("_use_default_values", ()))
     inherited = {name: value for name, value in base.config.items() if name in takes and name not in own and value is not None}
-    return build({**inherited, **spec}, slot_of("scheduler"), where, allow)
+    return build({**inherited, **spec}, "scheduler", where, allow)
 
 
 def build_part(name: str, spec: Mapping, allow: Sequence[str]):
     """A module or tokenizer by `_target_`. Local weights that are not whole are refused, where the loader would draw random ones."""
     where, spec = f"new_components.{name}", dict(spec)
-    if spec["_target_"].endswith(LOADER) and SOURCE_ARGUMENT in spec:
+    nested = any(isinstance(value, Mapping) and "_target_" in value for value in spec.values())  # a quantization config: build makes it first
+    if spec["_target_"].endswith(LOADER) and SOURCE_ARGUMENT in spec and not nested:
         kind, place = locate(spec.pop("_target_").removesuffix(LOADER)), spec.pop(SOURCE_ARGUMENT)
         if name.startswith("tokenizer"):
             return load_tokenizer(kind, place, where, spec)
         return load_whole(kind, Path(place) if Path(place).is_dir() else place, where, spec)
-    return build(spec, slot_of(name), where, allow)
+    return build(spec, name, where, allow)
 
 
 def load_tokenizer(kind: type, place: str, where: str, options: Mapping):
@@ -71,13 +67,6 @@ def load_tokenizer(kind: type, place: str, where: str, options: Mapping):
         return kind.from_pretrained(place, **options)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{where}: {place} cannot be loaded as {kind.__name__}: {(str(error).strip().splitlines() or ['?'])[0]}") from error
-
-
-def locate(target: str) -> type:
-    """The class that a checked `_target_` names."""
-    import hydra.utils
-
-    return hydra.utils.get_class(target)
 
 
 def build_all(specs: Mapping[str, Mapping], allow: Sequence[str]) -> dict:

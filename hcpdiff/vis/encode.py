@@ -114,13 +114,24 @@ def special_ids(tokenizer) -> tuple[int, int, int]:
 def weigh(hidden: Tensor, weights: Tensor) -> Tensor:
     """A1111's emphasis: hidden (B, R*77, D) times weights (B, R, 77) per token, then each chunk's mean as it was before.
 
-    A chunk whose weights are all 1 keeps its bits.
+    A chunk whose weights are all 1 keeps its bits. The mean is restored within what the weights can explain (see `restoring`).
     """
     batch, chunks, length = weights.shape
     states = hidden.float().reshape(batch, chunks, length, -1)
     weights = weights.to(hidden.device)
     weighted = states * weights.unsqueeze(-1)
-    before, after = states.mean((2, 3), keepdim=True), weighted.mean((2, 3), keepdim=True)
-    restored = weighted * torch.where(after == 0, 1.0, before / after)
+    restored = weighted * restoring(states, weighted, weights)[..., None, None]
     changed = (weights != 1).any(-1)[..., None, None]  # (B, R, 1, 1)
     return torch.where(changed, restored, states).reshape(hidden.shape).to(hidden.dtype)
+
+
+def restoring(states: Tensor, weighted: Tensor, weights: Tensor) -> Tensor:
+    """The factor (B, R) that gives each chunk its mean back: mean before / mean after.
+
+    That quotient is noise where a mean is nearly zero (a final layer norm that was hardly trained), and can even flip the sign of all.
+    Where the tokens' means have one sign it lies between 1 / largest and 1 / smallest weight, so it is kept there; without a mean it is 1.
+    """
+    before, after = states.mean((2, 3)), weighted.mean((2, 3))
+    low, high = 1 / weights.amax(-1).clamp(min=1), 1 / weights.amin(-1).clamp(min=0.1, max=1)
+    factor = torch.where(after == 0, 1.0, before / after).clamp(low, high)
+    return torch.where(before.abs() > 1e-3 * states.square().mean((2, 3)).sqrt(), factor, 1.0)

@@ -221,13 +221,13 @@ def missing(key: str, value: str, path: Path) -> str:
 
 
 def listing(folder: Path, most: int = 12) -> str:
-    """The checkpoints in a folder (or below its ckpts/), else the folders in it, in the order of their steps."""
+    """The checkpoints in a folder (or below its ckpts/), in the order of their steps, else the runs in it."""
     for place in (folder, folder / "ckpts"):
         files = sorted(place.glob(f"*{SUFFIX}"), key=lambda p: (p.stem[:STEP.search(p.stem).start()] if STEP.search(p.stem) else p.stem, step_of(p)))
         if files:
             return f"Checkpoints in {place}: {some([p.name for p in files], most)}."
-    folders = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")) if folder.is_dir() else []
-    return f"Folders in {folder}: {some(folders, most)}." if folders else ""
+    runs = sorted(place.parent.name for place in folder.glob("*/ckpts"))
+    return f"Runs in {folder}: {some(runs, most)}." if runs else ""
 
 
 def some(names: list[str], most: int) -> str:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config.infer_schema import OWNED
 from ..errors import ConfigError
 from ..families.base import Conditioning, Models
-from .request import OWNED
 
 BLACK = -1 + 2 / 255  # in [-1, 1]; a picture that nowhere exceeds it is black
 

@@ -1,6 +1,5 @@
 """What is to be drawn, checked as far as it can be without torch: prompts, seeds, batches, files. All faults come together."""
 
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,18 +12,6 @@ from .prompt import Parsed, parse
 from .save import check_folder
 
 DEFAULT_EMB_DIR = "embs"  # the one folder that may be missing
-# Arguments of the pipeline that other keys (or we) give.
-OWNED = {
-    "prompt": "use the key prompt", "negative_prompt": "use the key neg_prompt", "num_images_per_prompt": "use bs and num", "generator": "use the key seed",
-    "clip_skip": "use the key clip_skip", "latents": "they come from the key seed", "prompt_embeds": "they come from the key prompt",
-    "negative_prompt_embeds": "they come from the key neg_prompt", "output_type": "use save.image_type", "return_dict": "it is not needed",
-    "callback": "it is not needed", "callback_steps": "it is not needed", "callback_on_step_end": "it is not needed",
-    "callback_on_step_end_tensor_inputs": "it is not needed", "cross_attention_kwargs": "a LoRA's strength is lora_alpha",
-    "ip_adapter_image": "IP-adapter is not built yet", "ip_adapter_image_embeds": "IP-adapter is not built yet",
-    "image": "img2img is not built yet", "strength": "img2img is not built yet", "mask_image": "inpaint is not built yet",
-}
-# Least value, and whether it is an integer, of the arguments that every pipeline has.
-NUMBERS = {"width": (8, int), "height": (8, int), "num_inference_steps": (1, int), "guidance_scale": (0, float), "guidance_rescale": (0, float), "eta": (0, float)}
 
 
 @dataclass(frozen=True)
@@ -62,7 +49,7 @@ def read(cfg: InferConfig) -> Request:
     finder = Finder()
     loras = finder.all(cfg, common_tags(prompts, negatives, faults))
     seeds = picture_seeds(cfg, faults, notices)
-    faults += check_infer_args(cfg.infer_args)
+    faults += cfg.check()
     emb_dir = embedding_folder(cfg, faults)
     faults += finder.faults + check_folder(Path(cfg.out_dir).expanduser())
     if faults:
@@ -139,20 +126,6 @@ def picture_seeds(cfg: InferConfig, faults: list[str], notices: list[str]) -> li
         first = secrets.randbelow(2**32 - count)
         notices.append(f"seed = null: took {first} (seed={first} draws the same again).")
     return [first + i for i in range(count)]
-
-
-def check_infer_args(args: dict) -> list[str]:
-    """Faults of infer_args that need no pipeline to be seen."""
-    faults = [f"infer_args.{name} cannot be given there: {OWNED[name]}." for name in args if name in OWNED]
-    for name, (least, kind) in NUMBERS.items():
-        value = args.get(name)
-        if value is None:
-            continue
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        good = number and (kind is float or float(value).is_integer())
-        if not good or value < least:
-            faults.append(f"infer_args.{name} = {value!r}; it is {'an integer' if kind is int else 'a number'}, at least {least}.")
-    return faults
 
 
 def embedding_folder(cfg: InferConfig, faults: list[str]) -> Path | None:

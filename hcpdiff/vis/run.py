@@ -88,6 +88,8 @@ def prepare(request: Request, allow: Sequence[str], say: Callable[[str], None]) 
     dtype = devices.compute_dtype(cfg.dtype, device)
     devices.set_threads(cfg.cpu_threads)
     folder, family, loras, words = check_parts(request, allow, say)
+    for notice in dict.fromkeys(notice for lora in loras for notice in lora.notices):
+        say(f"note: {notice}")
     models, scheduler = load(cfg, family, folder, dtype, allow)
     kernel = devices.set_attention(models.unet, cfg.attention)
     vocabulary = embeddings.add_words(models, words)
