@@ -21,6 +21,7 @@ import argparse
 import difflib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -28,6 +29,7 @@ from typing import NoReturn
 from .errors import ConfigError, HCPError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count it
+GRACE = 2.0  # seconds
 
 COMMENT_HINT = ("A comment after a '\\' at the end of a line ends the command there (the '\\' must be the line's last character): "
                 "take the comment out, or put it on a line of its own before the command.")
@@ -148,6 +150,8 @@ def report(error: HCPError, debug: bool = False) -> None:
         traceback.print_exception(error)
     if rank() == 0 or getattr(error, "this_rank_only", False):
         print(message(error), file=sys.stderr, flush=True)
+    else:  # a launcher ends all processes when the first one leaves: rank 0 gets time to say the same
+        time.sleep(GRACE)
 
 
 def message(error: HCPError) -> str:

@@ -57,6 +57,7 @@ def test_main_may_choose_its_code():
 
 def test_only_rank_0_speaks(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli, "GRACE", 0.1)
     assert ending(fails(ConfigError("one")), "--cfg", "f") == 2
     assert capsys.readouterr().err == ""
     alone = DataError("one")

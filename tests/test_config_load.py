@@ -41,7 +41,7 @@ def test_text_keys_take_the_command_line_literally(tmp_path, text):
     assert again.config.preview.neg_prompt == text
 
 
-@pytest.mark.parametrize("text, value", [("${unet_lr}", "0.0006"), ("\\${unet_lr}", "${unet_lr}"), ("x$<hcp.eval:1+1>", "x2"), ("${seed}", "42"), ("${hcp.time:%Y}", "2023")])
+@pytest.mark.parametrize("text, value", [("${unet_lr}", "0.0006"), ("\\${unet_lr}", "${unet_lr}"), ("x$<hcp.eval:1+1>", "x2"), ("${seed}", "42"), ("${lora_unet.0.lr}", "0.0006"), ("${lora_unet[0].lr}", "0.0006"), ("${exp_dir.x}", "${exp_dir.x}"), ("${logger.0._target_}", "hcpdiff.loggers.ConsoleLogger"), ("${hcp.time:%Y}", "2023")])
 def test_text_keys_take_expressions_that_name_something(tmp_path, text, value):
     assert small(tmp_path, f"preview.neg_prompt={text}", now=NOW).config.preview.neg_prompt == value
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hcpdiff.config.infer_schema import InferConfig
 from hcpdiff.config.load import load
 from hcpdiff.config.schema import RunConfig
-from hcpdiff.config.walk import fields
+from hcpdiff.config.shape import fields
 from hcpdiff.errors import HCPError
 
 NOW = datetime.datetime(2023, 7, 26)

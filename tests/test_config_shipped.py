@@ -8,7 +8,7 @@ import zipfile
 import pytest
 from config_help import CHECKOUT, command, write
 
-from hcpdiff.config import read, tree, walk
+from hcpdiff.config import read, shape, tree
 from hcpdiff.config.load import load
 from hcpdiff.config.schema import RunConfig
 from hcpdiff.tools import config_reference
@@ -35,19 +35,19 @@ def test_train_base_says_every_key_with_its_default(tmp_path, monkeypatch):
     base = read.parse((CHECKOUT / "cfgs/train/train_base.yaml").read_text(encoding="utf-8"), tree.Origin())
 
     def compare(cls, node, path=""):
-        for name, field in walk.fields(cls).items():
+        for name, field in shape.fields(cls).items():
             if field.shape.record:
                 compare(field.shape.record, node[name], f"{path}{name}.")
             elif not field.required:
-                assert tree.plain(node[name]) == walk.to_plain(walk.default_of(field)), f"{path}{name}"
+                assert tree.plain(node[name]) == shape.to_plain(shape.default_of(field)), f"{path}{name}"
             else:
                 assert name not in node
-        assert set(node) <= set(walk.fields(cls))
+        assert set(node) <= set(shape.fields(cls))
 
     compare(RunConfig, base)
     text = (CHECKOUT / "cfgs/train/train_base.yaml").read_text(encoding="utf-8")
-    for cls in (walk.fields(RunConfig)["data"].shape.map_item.record, walk.fields(RunConfig)["lora_unet"].shape.list_item.record):
-        for name, field in walk.fields(cls).items():
+    for cls in (shape.fields(RunConfig)["data"].shape.map_item.record, shape.fields(RunConfig)["lora_unet"].shape.list_item.record):
+        for name, field in shape.fields(cls).items():
             assert f"{name}:" in text and field.shape.key.doc in text and field.shape.key.zh in text
 
 
@@ -63,7 +63,7 @@ def test_every_key_has_a_meaning_in_both_languages():
     seen = []
 
     def visit(cls):
-        for name, field in walk.fields(cls).items():
+        for name, field in shape.fields(cls).items():
             seen.append(name)
             assert field.shape.key.doc and field.shape.key.zh, f"{cls.__name__}.{name}"
             inner = config_reference._inner(field.shape, name)[0]

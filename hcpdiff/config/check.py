@@ -1,5 +1,6 @@
 """Checks of values that need no torch: paths, patterns of layers, and what a `_target_` may be called. All faults are returned."""
 
+import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -114,8 +115,6 @@ def looks_local(text: str) -> bool:
 
 def _nearest(text: str) -> str:
     """'. Nearest: x' for names beside a missing path."""
-    import difflib
-
     folder, name = os.path.split(os.path.normpath(text))
     try:
         beside = os.listdir(folder or ".")

@@ -57,6 +57,7 @@ class _Scanner:
         self.text, self.depth = text, 0
 
     def outside(self) -> list:
+        """The pieces of the whole text."""
         pieces, literal, position = [], "", 0
         while position < len(self.text):
             step, opener = self.opening(position)

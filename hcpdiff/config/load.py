@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ..errors import ConfigError
-from . import check, legacy, overrides
-from .expressions import ExpressionError, has_expression
-from .merge import BASE, Idle, Layers, merge
+from . import adjust, check, legacy, overrides
+from .adjust import node_at, replace
+from .expressions import has_expression
+from .merge import BASE, Layers, merge
 from .resolve import BROKEN, Resolver, key_path
-from .tree import Map, Node, Origin, Seq, Text, Word, at, copy, dotted, dump, plain, written
-from .walk import Shape, Walk, default_at, default_of, fields, origin_of, shape_of, to_plain
+from .shape import default_at, default_of, fields, shape_of, to_plain
+from .tree import Map, Node, Origin, Seq, Text, at, copy, dotted, dump, plain
+from .walk import Walk, origin_of
 
 T = TypeVar("T")
 MENTION = re.compile(r"\$[{<]([^\s.:\[\]{}<>$]+)")
@@ -65,6 +67,7 @@ class _Loader:
         self.mentioned: set[str] = set()  # top-level keys that an expression of any layer names, replaced ones too
 
     def load(self, path: str, arguments: list[str]) -> Loaded:
+        """The whole of stage A."""
         layers = Layers(self.faults)
         layers.add(path)
         unread = bool(self.faults)
@@ -73,8 +76,8 @@ class _Loader:
             raise ConfigError(self.faults)  # what follows from a missing or broken file would be noise
         tree = self.merged(layers, given)
         own_layer = len(layers.trees) - 1
-        self.either(tree)
-        self.fresh_folder(tree, layers.files[-1])
+        adjust.either(tree, self.schema, self.faults, self.notices)
+        adjust.fresh_folder(tree, layers.files[-1], self.schema, self.notices)
         resolver = Resolver(tree, self.now, lambda key: default_at(self.schema, key), self.faults)
         config = self.walked(tree, resolver, own_layer)
         if self.faults:
@@ -87,70 +90,19 @@ class _Loader:
         tree, idle = Map(), []
         for layer in layers.trees:
             legacy.modernise(layer, self.notices)
-            self.spell(layer, self.shape)
+            adjust.spell(layer, self.shape, self.faults)
             self.mentioned.update(name for text in _texts(layer) for name in MENTION.findall(text))
             tree = merge(tree, layer, (), idle)
         for path, origin, hint in idle:
             if not self.shape.at(path[:-1]).knows(path[-1]):
                 self.faults.append(f"{dotted(path)} = '---' ({origin}): there is no such key to delete{hint}")
-        self.complete(tree, given)
+        adjust.complete(tree, given, self.schema)
         overrides.apply(tree, given, self.shape, len(layers.trees), self.faults)
-        self.complete(tree, [])
+        adjust.complete(tree, [], self.schema)
         if BASE in tree:
             self.faults.append(f"{BASE} cannot be set on the command line: write it in the file")
             del tree[BASE]
-        return overrides.settle(tree, tree, lambda name: _exists(tree, self.schema, name))
-
-    def spell(self, node: Node, shape: Shape) -> None:
-        """Other spellings of keys to the main one, in place."""
-        if isinstance(node, Seq):
-            for index, item in enumerate(node):
-                self.spell(item, shape.child(index))
-        if not isinstance(node, Map):
-            return
-        for name in list(node):
-            main = shape.spelling(name)
-            if main != name and main in node:
-                self.faults.append(f"{name} ({node[name].origin}) and {main} mean the same: keep one")
-            elif main != name:
-                node[main] = node.pop(name)
-            self.spell(node.get(main), shape.child(main))
-
-    def complete(self, tree: Map, given: list[overrides.Override]) -> None:
-        """Arguments of an object whose `_target_` nobody wrote belong to the default's: its map is put below them."""
-        for path, default in _default_specs(self.schema):
-            node = _node(tree, dotted(path))
-            inner = {override.path[len(path)] for override in given if len(override.path) > len(path) and override.path[:len(path)] == path}
-            written_map = isinstance(node, Map) and "_target_" not in node
-            if "_target_" not in inner and (written_map or inner and node is None):
-                parent: Any = tree
-                for part in path[:-1]:
-                    parent = parent.setdefault(part, Map()) if isinstance(parent, Map) else None
-                if isinstance(parent, Map):
-                    parent[path[-1]] = at(merge(written(default), node or Map(), path, []), origin_of(node))
-
-    def either(self, tree: Map) -> None:
-        """Of two keys that say one thing, the one that the later layer set stays; the other becomes null."""
-        for pair in getattr(self.schema, "EITHER", ()):
-            found = [(_node(tree, key), key) for key in pair]
-            found = [(origin_of(node), key) for node, key in found if node is not None and not legacy.is_null(node)]
-            if len(found) < 2:
-                continue
-            (low, loser), (high, winner) = sorted(found, key=lambda item: item[0].layer)
-            if low.layer == high.layer:
-                self.faults.append(f"{loser} ({low}) and {winner} ({high}) say one thing in two ways: keep one (or set the other to null)")
-                continue
-            _replace(tree, loser, at(Word("null"), high))
-            self.notices.append(f"{winner} ({high}) replaces {loser} ({low})")
-
-    def fresh_folder(self, tree: Map, path: Path) -> None:
-        """The cfg.yaml of a run, loaded again, starts a run of its own: its folder is not taken over, unless that run is resumed."""
-        if "exp_dir" not in fields(self.schema) or path.name != "cfg.yaml" or not isinstance(tree.get("exp_dir"), Text) or not _null(tree, "train.resume"):
-            return
-        folder = str(tree["exp_dir"])
-        if not has_expression(folder) and "\0" not in folder and Path(folder).resolve() == path.parent.resolve():
-            tree["exp_dir"] = at(Text(default_of(fields(self.schema)["exp_dir"])), Origin())
-            self.notices.append(f"exp_dir: this is the config of the run in {folder}; the new run gets a folder of its own")
+        return overrides.settle(tree, lambda name: _exists(tree, self.schema, name))
 
     def walked(self, tree: Map, resolver: Resolver, own_layer: int) -> Any:
         """The typed config, after every check of stage A."""
@@ -205,9 +157,9 @@ class _Loader:
             return
         for path, found in carried.items():
             _assign(config, path, str(found))
-            node = _node(tree, dotted(path))
+            node = node_at(tree, dotted(path))
             if isinstance(node, Text) and node.origin.file and found.parent != Path(str(node)).parent and _beside(node, found):
-                _replace(tree, dotted(path), at(Text(str(found)), node.origin))
+                replace(tree, dotted(path), at(Text(str(found)), node.origin))
 
     def frozen(self, node: Node, resolver: Resolver, path: tuple = ()) -> Node:
         """The tree with the time written out."""
@@ -216,18 +168,6 @@ class _Loader:
         if isinstance(node, Seq):
             return Seq(self.frozen(value, resolver, (*path, index)) for index, value in enumerate(node))
         return resolver.frozen(node, path) if isinstance(node, Text) else node
-
-
-def _default_specs(schema: type, path: tuple = ()) -> list[tuple[tuple, dict]]:
-    """(path, default) of every `_target_` map with a default, not counting those in lists and free maps."""
-    found = []
-    for name, field in fields(schema).items():
-        default = None if field.required else default_of(field)
-        if field.shape.record:
-            found += _default_specs(field.shape.record, (*path, name))
-        elif isinstance(default, dict) and "_target_" in default:
-            found.append(((*path, name), default))
-    return found
 
 
 def _texts(node: Node) -> list[str]:
@@ -249,30 +189,6 @@ def _beside(node: Text, found: Path) -> bool:
     return found == node.origin.file.parent / str(node)
 
 
-def _node(tree: Map, key: str) -> Node:
-    """What is written at a dotted key; None where nothing is."""
-    node: Any = tree
-    for part in key_path(key):
-        if isinstance(node, Map) and part in node or isinstance(node, Seq) and isinstance(part, int) and part < len(node):
-            node = node[part]
-        else:
-            return None
-    return node
-
-
-def _null(tree: Map, key: str) -> bool:
-    node = _node(tree, key)
-    return node is None or legacy.is_null(node)
-
-
-def _replace(tree: Map, key: str, value: Node) -> None:
-    *parents, last = key_path(key)
-    node: Any = tree
-    for part in parents:
-        node = node[part]
-    node[last] = value
-
-
 def _assign(config: Any, path: tuple, value: str) -> None:
     for part in path[:-1]:
         config = config[part] if isinstance(config, (dict, list)) else getattr(config, part)
@@ -286,7 +202,7 @@ def _exists(tree: Map, schema: type, name: str) -> bool:
     """Whether an interpolation to this key would find one."""
     if name.startswith("."):
         return True
-    if _node(tree, name) is not None:
+    if node_at(tree, name) is not None:
         return True
     try:
         default_at(schema, key_path(name))
@@ -299,7 +215,7 @@ def _set_by(tree: Map) -> Callable[[str], int]:
     layers = copy(tree)
 
     def set_by(key: str) -> int:
-        node = _node(layers, key)
+        node = node_at(layers, key)
         return -1 if node is None else origin_of(node).layer
 
     return set_by

@@ -1,11 +1,12 @@
 """Joins trees: files in the order of their `_base_`, each over those before it."""
 
+import difflib
 from pathlib import Path
 
 from ..errors import ConfigError
 from . import read
 from .resolve import near
-from .tree import DELETE, Map, Node, Origin, Seq, Text, at, copy, dotted
+from .tree import DELETE, Map, Node, Origin, Seq, Text, at, copy
 
 BASE = "_base_"
 
@@ -91,8 +92,6 @@ def _missing(name: str, named_by: Path | None, origin: Origin | None) -> str:
     looked = ", ".join(dict.fromkeys(str(place.parent) for place in read.places(name, named_by)))
     wanted = f"{BASE}: '{name}' ({origin})" if origin else f"--cfg: '{name}'"
     beside = sorted({path.name for place in read.places(name, named_by) if place.parent.is_dir() for path in place.parent.glob("*.yaml")})
-    import difflib
-
     found = difflib.get_close_matches(Path(name).name, beside, n=2)
     return f"{wanted} is not there. Looked in {looked}" + (f". Nearest: {', '.join(found)}" if found else "")
 

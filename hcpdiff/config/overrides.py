@@ -1,14 +1,16 @@
 """`key=value` arguments of the command line, put into the merged tree."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
 from . import expressions, read
+from .merge import merge
 from .resolve import key_path, near
+from .shape import Shape
 from .tree import DELETE, Map, Node, Origin, Seq, Text, Word, at, dotted
-from .walk import Shape
 
 KEY = re.compile(r"(?![+~])[^\s.\[\]=,{}$]+(\.[^\s.\[\]=,{}$]+|\[\d{1,6}\])*$")
 DEEPEST = 30
@@ -66,8 +68,6 @@ def put(tree: Map, override: Override, shape: Shape, origin: Origin) -> None:
         return _delete(node, last, path, shape)
     value = typed(override.value, shape.at((*path, last)), origin)
     if isinstance(value, Map) and isinstance(node, Map) and isinstance(node.get(last), Map):
-        from .merge import merge
-
         value = merge(node[last], value, (*path, last), [])
     node[last] = value
 
@@ -122,13 +122,13 @@ class Literal(Text):
     """Text from the command line, before `settle` has told its expressions from mere characters."""
 
 
-def settle(node: Any, tree: Map, known) -> Any:
+def settle(node: Any, known: Callable[[str], bool]) -> Any:
     """The tree with each Literal made Text: `${…}` that names no resolver and no existing key is escaped."""
     if isinstance(node, Map):
         for key, value in node.items():
-            node[key] = settle(value, tree, known)
+            node[key] = settle(value, known)
     elif isinstance(node, Seq):
-        node[:] = [settle(value, tree, known) for value in node]
+        node[:] = [settle(value, known) for value in node]
     elif isinstance(node, Literal):
         return at(Text(escape_unknown(str(node), known)), node.origin)
     return node
@@ -137,7 +137,7 @@ def settle(node: Any, tree: Map, known) -> Any:
 OPENER = re.compile(r"(\\*)(\$[{<])")
 
 
-def escape_unknown(text: str, known) -> str:
+def escape_unknown(text: str, known: Callable[[str], bool]) -> str:
     r"""Escapes the `${` and `$<` that `parse` would take for expressions but that name nothing: `${5}` becomes `\${5}`."""
     made, position = "", 0
     while match := OPENER.search(text, position):
@@ -156,7 +156,7 @@ def escape_unknown(text: str, known) -> str:
     return made + text[position:]
 
 
-def _named(text: str, start: int, known) -> int | None:
+def _named(text: str, start: int, known: Callable[[str], bool]) -> int | None:
     """Where the expression that starts here ends, if it is one and names a resolver or an existing key."""
     try:
         expression = expressions.first(text, start)

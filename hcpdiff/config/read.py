@@ -123,6 +123,7 @@ class _Converter:
         return at(made, origin)
 
     def scalar(self, node: yaml.ScalarNode) -> Text:
+        """A Word for unquoted text, else a Text."""
         if node.tag == "word":
             return Word(node.value)
         if node.tag not in (TAG + "str", "!"):
@@ -130,6 +131,7 @@ class _Converter:
         return Text(node.value)
 
     def mapping(self, node: yaml.MappingNode) -> Map:
+        """A Map; keys that stand twice are faults."""
         made, lines, merged = Map(), {}, []
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
@@ -156,6 +158,7 @@ class _Converter:
                 made.setdefault(key, item)
 
     def fault(self, node: yaml.Node, text: str) -> None:
+        """Notes a fault with its line and column."""
         mark = node.start_mark
         where = f"column {mark.column + 1}" if self.flow else f"line {mark.line + 1}, column {mark.column + 1}"
         self.faults.append(f"{_place(self.origin, mark.line + 1, self.flow)}: {text} ({where})")

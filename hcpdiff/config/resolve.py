@@ -1,6 +1,7 @@
 """Gives every expression of a tree its value. Interpolations are live: what they see is the merged config."""
 
 import datetime
+import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -193,8 +194,6 @@ def key_path(name: str) -> tuple:
 
 def near(name: str, node: Any) -> str:
     """'. Nearest: a, b' for the keys of a map that look like `name`."""
-    import difflib
-
     found = difflib.get_close_matches(name, [str(key) for key in node], n=3) if isinstance(node, Map) else []
     return f". Nearest: {', '.join(found)}" if found else ""
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import cli
-from ..config import tree, walk
+from ..config import shape as shapes
+from ..config import tree
 from ..config.check import ALLOWED
 from ..config.infer_schema import InferConfig
 from ..config.schema import RunConfig
-from ..config.walk import Field, Shape, fields
+from ..config.shape import Field, Shape, fields
 from ..errors import ConfigError
 
 NAMES = {"data": "dataset1", "source": "data_source1"}  # how the examples call free names
@@ -105,7 +106,7 @@ def _row(name: str, field: Field, inner_path: str, language: str) -> str:
     extra += [limits(field.shape)] if limits(field.shape) else []
     extra += [f"{words['also']} `{alias}`" for alias in key.aliases]
     extra += [words["below"].format(inner_path)] if inner_path else []
-    default = words["required"] if field.required else "" if inner_path and field.shape.record else f"`{_flow(walk.default_of(field))}`"
+    default = words["required"] if field.required else "" if inner_path and field.shape.record else f"`{_flow(shapes.default_of(field))}`"
     cells = (f"`{name}`", _type(field.shape, words["types"]), default, meaning + (f" ({'; '.join(extra)})" if extra else ""))
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
@@ -157,13 +158,13 @@ def _entry(name: str, field: Field, depth: int) -> list[str]:
         return [f"{pad}{name}:", *_block(shape.record, depth + 2)]
     item, values = shape.list_item, shape.map_item
     if item and item.record:
-        return [f"{pad}{name}: {_flow(walk.default_of(field))}", *_off(["- # one group"] + ["  " + line for line in _block(item.record, 0)], pad)]
+        return [f"{pad}{name}: {_flow(shapes.default_of(field))}", *_off(["- # one group"] + ["  " + line for line in _block(item.record, 0)], pad)]
     if values and values.record:
         free = NAMES.get(name, "name")
         return _off([f"{name}:", f"  {free}:", *_block(values.record, 4)], pad)
     if field.required:
         return _off([f"{name}:"], pad)
-    value = walk.default_of(field)
+    value = shapes.default_of(field)
     if not isinstance(value, (list, dict)) or not value:
         return [f"{pad}{name}: {_flow(value)}"]
     return [f"{pad}{line}" for line in tree.dump(tree.Map({name: tree.written(value)})).rstrip().split("\n")]
