@@ -33,7 +33,7 @@ def test_all_faults_come_in_one_message(tmp_path):
     ("unet_lr=fast", "lora_unet[0].lr = 'fast'"), ("_base_=x.yaml", "cannot be set on the command line"), ("lora_unet.a=1", "is a list"), ("seed.x=1", "is a map; a whole number"), ("unet_lr.x=1", "not a map or list"),
     ("lora_text_encoder.0.lr=1", "has no elements"), ("+seed=1", "no + ~ or -"), ("se ed=1", "is no key"), ("preview.prompts=[a", "is no YAML"), ("train_steps=5", "It belongs below: train.train_steps"),
     ("train.optimzer={}", "Nearest: optimizer"), ("model.enable_xformers=true", "was removed; use model.attention: xformers"), ("interface=[]", "was removed; use preview"),
-    ("seed=99999999999999999999999", "a whole number"), ("seed=-1", "at least 0"), ("exp_dir=", "is empty text"),
+    ("seed=99999999999999999999999", "a whole number"), ("seed=-1", "at least 0"), ("exp_dir=", "is empty: name a path"), ("model.vae=", "is empty: name one or write null"),
 ])
 def test_each_kind_of_fault_says_what_is_expected(tmp_path, override, says):
     found = faults(tmp_path, override)

@@ -155,6 +155,7 @@ def test_cfg_yaml_gives_the_same_config_again(tmp_path):
 def test_the_cfg_of_a_run_starts_a_new_folder_unless_it_is_resumed(tmp_path):
     run = write(tmp_path, small(tmp_path, "exp_dir=exps/mine").yaml, "exps/mine/cfg.yaml")
     assert load(run, now=NOW).config.exp_dir == "exps/2023-07-26-01-05-35"
+    assert load(run, ["exp_dir=exps/mine"], now=NOW).config.exp_dir == "exps/mine"
     assert load(run, ["train.resume=exps/mine"], now=NOW).config.exp_dir == "exps/mine"
 
 

@@ -80,14 +80,14 @@ def path_fault(leaf: Leaf, carried: dict[tuple, Path]) -> str:
     if CONTROL.search(text):
         shown = CONTROL.search(text)[0]
         return f"holds the control character {shown!r}: in YAML's double quotes a backslash starts an escape. Use single quotes, or / in paths"
-    fault = _existence(leaf, carried) if key.exists else "" if text else "is empty text; use null, or name a path"
+    fault = _existence(leaf, carried) if key.exists else "" if text else "is empty: name a path" + (" or write null" if leaf.shape.nullable else "")
     return f"{fault}. {QUOTED}" if fault and text.startswith("'") else fault
 
 
 def _existence(leaf: Leaf, carried: dict[tuple, Path]) -> str:
     text, kind = leaf.value, leaf.shape.key.exists
     if not text:
-        return "is empty text; null means none" if leaf.shape.nullable else "is empty text"
+        return "is empty: name one" + (" or write null" if leaf.shape.nullable else "")
     if kind == "model":
         missing = (looks_local(text) or text.startswith("'")) and not os.path.exists(text)
         return "is no folder here, and not the form of a hub id (name/name)" + _nearest(text) if missing else ""
