@@ -121,6 +121,12 @@ def test_names_that_other_programs_shorten_are_found(tmp_path, down, path):
     assert {c: list(layers) for c, layers in file.layers.items()} == {component: [path]}
 
 
+def test_alpha_of_old_diffusers_files_belongs_to_its_layer(tmp_path):
+    base = f"unet.{Q.replace('attn1.', 'attn1.processor.')}_lora"
+    file = load_lora(write(tmp_path / "a", {f"{base}.down.weight": DOWN, f"{base}.up.weight": UP, f"{base}.alpha": torch.tensor(1.0)}))
+    assert {path: lora.scale for path, lora in file.layers["unet"].items()} == {Q: 0.5}
+
+
 def test_alpha_of_webui_is_divided_by_rank_and_the_ancestors_already_is(tmp_path):
     webui = f"lora_unet_{Q.replace('.', '_')}"
     file = load_lora(write(tmp_path / "a", {f"{webui}.lora_down.weight": DOWN, f"{webui}.lora_up.weight": UP, f"{webui}.alpha": torch.tensor(1.0)}))

@@ -248,9 +248,9 @@ def test_metadata_is_what_webui_reads(tmp_path, family, version, architecture, v
 def test_hashes_are_never_copied_and_captions_folders_and_paths_stay_behind():
     source = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "1", "modelspec.hash_sha256": "0x1", "ss_tag_frequency": '{"me": {"cat": 3}}', "ss_dataset_dirs": '{"me": {}}',
               "ss_sd_model_name": "C:\\models\\x.safetensors", "ss_vae_name": "/data/vae.pt", "ss_output_name": "x", "ss_training_comment": "a/b ratio, and/or",
-              "modelspec.author": "me", "ss_sd_model_hash": "abc", "modelspec.description": "see https://example.org/a/b", "format": "pt", "lora_adapter_metadata": "{}"}
+              "hcpdiff.step": "7", "hcpdiff.settings": '{"layers": ["re:.*\\\\.attn"]}', "hcpdiff.format": "1", "modelspec.author": "me", "ss_sd_model_hash": "abc", "modelspec.description": "see https://example.org/a/b", "format": "pt", "lora_adapter_metadata": "{}"}
     kept, dropped = carried(source)
-    assert set(kept) == {"ss_output_name", "ss_training_comment", "modelspec.author", "ss_sd_model_hash", "modelspec.description"}
+    assert set(kept) == {"hcpdiff.step", "ss_output_name", "ss_training_comment", "modelspec.author", "ss_sd_model_hash", "modelspec.description"}
     assert set(dropped) == {"ss_tag_frequency", "ss_dataset_dirs", "ss_sd_model_name", "ss_vae_name"}
     assert set(carried(source, keep_all=True)[0]) == set(kept) | set(dropped)
 
@@ -271,6 +271,11 @@ def one(path, shape=(6, 6), component="unet"):
 def test_the_family_is_found_from_names_shapes_and_metadata(layers, metadata, name):
     found = find_family(layers, metadata)
     assert found.family.name == name and found.version.startswith(found.family.version_stem)
+
+
+def test_widths_are_believed_before_metadata():
+    found = find_family(one("mid_block.attentions.0.transformer_blocks.0.attn2.to_k", (6, 1024)), {"ss_base_model_version": "sd_v1"})
+    assert found.family is SD2 and found.version == "sd_v2" and "widths" in found.how
 
 
 def test_what_is_open_or_contradicts_itself_is_said():

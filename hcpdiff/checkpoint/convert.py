@@ -55,7 +55,7 @@ def find_family(layers: Layers, metadata: Mapping[str, str], told: str | None = 
             raise CheckpointError(f"{family.title} was asked for, but names and widths of these layers are those of {other.title}.")
         return Found(family, said if webui.by_version(said) is family else family.version, "as told")
     named = webui.by_version(said)
-    if named in fitting:
+    if named in fitting and (named in by_width or not by_width):
         return Found(named, said if said in named.versions else named.version, "from the file's metadata")
     narrowed = by_width or [f for f in fitting if webui.fits_projections(f, shapes)] or fitting
     narrowed = [f for f in narrowed if f.ldm_names] or narrowed if ldm_names else narrowed
@@ -77,7 +77,8 @@ def _no_family(layers: Layers) -> str:
 
 
 def to_webui(layers: Layers, family: WebuiFamily, dtype: torch.dtype | None = None) -> WebuiLora:
-    """The tensors of a webui file. alpha / rank is each layer's effective scale; factors keep their dtype unless `dtype` is given.
+    """The tensors of a webui file. alpha / rank is each layer's effective scale; factors keep their dtype unless `dtype` is given (float64, which
+    webui does not expect, becomes float32).
 
     1x1 convolutions are written 4-D (diffusers needs it). Where webui uses a text encoder's attention only with q, k, v and out_proj all
     there (open_clip's encoders), missing ones are added with zero effect.
@@ -87,7 +88,7 @@ def to_webui(layers: Layers, family: WebuiFamily, dtype: torch.dtype | None = No
         named, added = _complete(named) if component in family.fused else (named, [])
         completed += [f"{component} {path}" for path in added]
         for path, lora in named.items():
-            lora = _shaped(cast(lora, dtype), family, component, path)
+            lora = _shaped(cast(lora, dtype or (torch.float32 if lora.down.dtype == torch.float64 else None)), family, component, path)
             base = family.webui_base(component, path)
             tensors.update({f"{base}.lora_down.weight": lora.down, f"{base}.lora_up.weight": lora.up, f"{base}.alpha": alpha_tensor(lora)})
             written.setdefault(component, {})[path] = lora

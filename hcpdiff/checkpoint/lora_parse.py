@@ -168,7 +168,7 @@ def _scale_of(config: Mapping, component: str, layer: str) -> float | None:
     if alpha is None or rank is None:
         return None
     if not all(type(value) in (int, float) and 0 < value < 1e9 for value in (alpha, rank)):
-        raise CheckpointError(f"the PEFT config's lora_alpha = {str(alpha)[:40]} and r = {str(rank)[:40]} are not two positive numbers.")
+        raise _Fault(f"the PEFT config's lora_alpha = {str(alpha)[:40]} and r = {str(rank)[:40]} are not two positive numbers", layer)
     return alpha / (math.sqrt(rank) if own.get("use_rslora") else rank)
 
 
@@ -180,7 +180,7 @@ def _pattern(config: Mapping, name: str, layer: str, default):
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
         plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if any(char in plain for char in "*+?()[]{}|\\^$"):
-            raise CheckpointError(f"the PEFT config's {name} has {pattern[:80]!r}: only plain layer names are read.")
+            raise _Fault(f"the PEFT config's {name} has {pattern[:80]!r}, only plain layer names are read", layer)
         if layer.endswith(f".{plain}") or plain in (layer, layer.removeprefix("text_model.")):
             return value
     return default

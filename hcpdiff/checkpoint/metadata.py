@@ -5,16 +5,18 @@ from collections.abc import Iterable, Mapping
 
 from ..families.webui import V_PREDICTION, WebuiFamily
 from ..lora_tensors import LoraTensors
-from .format import META_BASE_MODEL, META_BASE_VERSION, META_COMPONENT, META_FORMAT, META_STEP
+from .format import META_BASE_MODEL, META_BASE_VERSION, META_COMPONENT, META_PREFIX, META_STEP
 
 META_CONVERTER = "hcpdiff.converter"  # marks files that the converter wrote, which it may therefore replace
 HASH = "sshs_model_hash"
 
 # captions, tags and folder names of whoever trained the file
 _PRIVATE = ("ss_tag_frequency", "ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_datasets", "ss_bucket_info", "ss_dataset_config", "ss_caption")
-_HASHES = ("sshs_", "modelspec.hash", "hcpdiff.payload")
-_OF_THE_FILE = (META_FORMAT, META_COMPONENT, META_CONVERTER, "format", "lora_adapter_metadata")  # true of the file that was read only
-_CARRIED = ("ss_", "ssmd_", "modelspec.", "hcpdiff.")
+_HASHES = ("sshs_", "modelspec.hash")
+META_PREDICTION = META_PREFIX + "prediction_type"
+_OURS = (META_BASE_VERSION, META_BASE_MODEL, META_STEP, META_PREDICTION)  # the rest of ours (settings, versions, format) is true of that file only
+_OF_THE_FILE = ("format", "lora_adapter_metadata")
+_CARRIED = ("ss_", "ssmd_", "modelspec.")
 _PATH = re.compile(r"""(^|[\s"'=\[(])(~?/[^\s"'/]+/|[A-Za-z]:[\\/]|\\\\[^\s\\]|\.{1,2}[\\/])|[^\s:/]\\[^\s"nrtu\\/]""")
 
 
@@ -24,6 +26,9 @@ def carried(metadata: Mapping[str, str], keep_all: bool = False) -> tuple[dict[s
     kept, dropped = {}, []
     for key, value in metadata.items():
         if key.startswith(_HASHES) or key in _OF_THE_FILE:
+            continue
+        if key.startswith(META_PREFIX):
+            kept.update({key: value} if key in _OURS else {})
             continue
         private = key.startswith(_PRIVATE) or _PATH.search(value) is not None or not key.startswith(_CARRIED)
         if private and not keep_all:
@@ -38,13 +43,13 @@ def webui_metadata(kept: Mapping[str, str], family: WebuiFamily, version: str, l
     layers = list(layers)
     prediction = "v" if version in V_PREDICTION else "epsilon"
     entries = {
-        **{key: value for key, value in kept.items() if not key.startswith("hcpdiff.")},
+        **{key: value for key, value in kept.items() if not key.startswith(META_PREFIX)},
         "ss_base_model_version": version, "ss_output_name": name, "ss_network_module": "networks.lora",
         "ss_network_dim": _common({str(layer.rank) for layer in layers}), "ss_network_alpha": _common({f"{layer.alpha:.9g}" for layer in layers}),
         "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": family.architecture(version),
         "modelspec.implementation": "diffusers", "modelspec.title": name, META_CONVERTER: "1", **family.extra,
     }
-    entries.setdefault("modelspec.prediction_type", kept.get("hcpdiff.prediction_type", prediction).replace("_prediction", ""))
+    entries.setdefault("modelspec.prediction_type", kept.get(META_PREDICTION, prediction).replace("_prediction", ""))
     if META_STEP in kept:
         entries.setdefault("ss_steps", kept[META_STEP])
     if META_BASE_MODEL in kept:

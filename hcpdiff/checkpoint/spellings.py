@@ -13,11 +13,11 @@ OURS, WEBUI, WEBUI_LDM, LYCORIS, PEFT, OLD_DIFFUSERS, ANCESTOR = "hcpdiff", "web
 DOWN, UP, MID, ALPHA = "down", "up", "mid", "alpha"
 
 # key ending -> (part, spelling where the ending settles it)
-_ENDINGS = [(re.compile(pattern), part, spelling) for pattern, part, spelling in (
-    (r"\.lora_down\.weight", DOWN, None), (r"\.lora_up\.weight", UP, None), (r"\.lora_mid\.weight", MID, None), (r"\.alpha", ALPHA, None),
+_ENDINGS = [(re.compile(f"{pattern}$"), part, spelling) for pattern, part, spelling in (
+    (r"\.lora_down\.weight", DOWN, None), (r"\.lora_up\.weight", UP, None), (r"\.lora_mid\.weight", MID, None),
     (r"\.lora_A(\.[^.]+)?\.weight", DOWN, PEFT), (r"\.lora_B(\.[^.]+)?\.weight", UP, PEFT),
     (r"(\.lora_linear_layer|\.lora|_lora)\.down\.weight", DOWN, OLD_DIFFUSERS), (r"(\.lora_linear_layer|\.lora|_lora)\.up\.weight", UP, OLD_DIFFUSERS),
-    (r"(\.lora_linear_layer|\.lora|_lora)(\.down|\.up)?\.alpha", ALPHA, OLD_DIFFUSERS),
+    (r"(\.lora_linear_layer|\.lora|_lora)(\.down)?\.alpha", ALPHA, OLD_DIFFUSERS), (r"\.alpha", ALPHA, None),
 )]
 # what other kinds of file hold, and why it cannot be taken for a LoRA
 _OTHERS = [(re.compile(pattern), why) for pattern, why in (
@@ -61,7 +61,7 @@ def read_key(key: str, component: str | None = None) -> Key:
     if re.match(r"(base|plugin|lora)(_ema)?:", key):
         raise NotLora("full weights (or a plugin's) of the first generation of this framework: not a LoRA")
     for pattern, part, spelling in _ENDINGS:
-        match = re.search(rf"{pattern.pattern}$", key)
+        match = pattern.search(key)
         if match:
             return _place(key[: match.start()], part, spelling, component)
     raise NotLora("no LoRA spelling known here")

@@ -36,7 +36,8 @@ class WebuiFamily:
         if component not in self.prefixes:
             return None
         if component != UNET:
-            return f"{self.prefixes[component]}_{path.replace('.', '_')}" if known_text_path(path) else None
+            known = known_text_path(path) and (path != "text_projection" or component == TEXT_2)
+            return f"{self.prefixes[component]}_{path.replace('.', '_')}" if known else None
         module = _loose_modules(self.plan).get(path)
         if module is None or module.kind == "norm":
             return None
