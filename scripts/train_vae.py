@@ -4,7 +4,8 @@
 
 Writes WORK/vae.pt (state), then WORK/vae/ (diffusers folder) whose latents are decorrelated by a change of basis folded into
 the 1x1 quant convolutions, and WORK/vae_reconstructions.png. With --decoder-only it takes WORK/vae/ and makes its decoder better,
-at any time later: latents, and what was trained on them, stay as they are. Runs are measured in seconds, kept over restarts.
+at any time later: latents, and what was trained on them, stay as they are. Runs are measured in seconds of CPU time,
+kept over restarts.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def train(vae: AutoencoderKL, ema: Ema, pixels: torch.Tensor, args, stem: str) -
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent"]
-    psnrs, last = [], time.time()
+    psnrs, last = [], time.process_time()
     while spent < args.seconds:
         generator = torch.Generator().manual_seed(step)
         index = torch.randint(len(pixels), (args.batch,), generator=generator)
@@ -77,12 +78,12 @@ def train(vae: AutoencoderKL, ema: Ema, pixels: torch.Tensor, args, stem: str) -
         optimizer.step(lr_factor(spent / args.seconds))
         ema.update()
         psnrs.append(psnr)
-        step, now = step + 1, time.time()
+        step, now = step + 1, time.process_time()
         spent, last = spent + now - last, now
         if step % 100 == 0:
             log.write(step=step, seconds=round(spent), psnr=float(np.mean(psnrs)))
             psnrs = []
-        if step % 500 == 0 or spent >= args.seconds:
+        if step % 100 == 0 or spent >= args.seconds:
             save_atomic({"vae": vae.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": spent}, path)
 
 
