@@ -16,6 +16,7 @@ from PIL import Image
 from hcpdiff.data import hashes
 from hcpdiff.data.pack import PackFolder, PackWriter
 from hcpdiff.data.prune import cache_info, prune
+from hcpdiff.data.sample import load_views, stack_pixels
 from hcpdiff.data.text_cache import TextCache
 from hcpdiff.errors import DataError
 
@@ -30,13 +31,14 @@ def means(data):
 
 
 def right(data, strength=1.0):
-    """Whether the latents served are those of the files as they are now."""
-    served = means(data)
-    for image in range(len(data.datasets[0])):
-        one = data.datasets[0]
-        from hcpdiff.data.sample import load_views, stack_pixels
-        fresh = Encoder(strength)(stack_pixels([load_views(one, image, one.views(image)[:1], 8)[0][0]]))[0][0]
-        if not torch.equal(served[f"d0/{one.image_id(image)}"], fresh):
+    """Whether batches get, and the cache holds of every view, the latents of the files as they are now."""
+    one, served = data.datasets[0], means(data)
+    for image in range(len(one)):
+        views = one.views(image)
+        fresh = [Encoder(strength)(stack_pixels([rgb]))[0][0] for rgb, _ in load_views(one, image, views, 8)]
+        if not all(torch.equal(data._stores[0].get(image, number)["mean"], latent) for number, latent in enumerate(fresh)):
+            return False
+        if not any(torch.equal(served[f"d0/{one.image_id(image)}"], latent) for latent in fresh):
             return False
     return True
 
@@ -124,9 +126,11 @@ def test_another_vae_size_crop_flip_background_or_mask_is_another_entry(root, tm
     assert calls == 5 and right(data, 2.0)
     data, calls = filled(root, cache, area=2304)
     assert calls == 5 and right(data)
-    assert filled(root, cache, flip=True)[1] == 5  # the unflipped half is there
+    data, calls = filled(root, cache, flip=True)
+    assert calls == 5 and right(data)  # the unflipped half is there
     assert filled(root, cache, bg_color=[0, 0, 0])[1] == 5
-    assert filled(root, cache, bucket={"sizes": [[64, 64]], "crop": "random", "crop_variants": 3})[1] == 4 * 3  # one of five is square and there
+    data, calls = filled(root, cache, bucket={"sizes": [[64, 64]], "crop": "random", "crop_variants": 3})
+    assert calls == 4 * 3 and right(data)  # one of five is square and there
     shutil.copytree(root, tmp_path / "masks")
     assert filled(root, cache, att_mask=str(tmp_path / "masks"))[1] == 5
     picture(96, 64, 99).save(tmp_path / "masks" / "00.png")

@@ -29,7 +29,7 @@ def samples(steps, dataset=0):
 shapes = st.tuples(st.integers(1, 5), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 5), st.integers(1, 3), st.integers(0, 99))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(shapes)
 def test_every_image_is_seen_repeats_times_in_an_epoch(shape):
     batch, buckets, per_step, repeats, seed = shape
@@ -97,6 +97,12 @@ def test_the_other_datasets_run_on_in_epochs_of_their_own():
     assert [micro.samples[0].epoch for step, _ in steps for micro in step.micro if micro.dataset == 1] == [0] * 4 + [1] * 4 + [2] * 2
     assert steps[-1][1] == [Position(1, 0), Position(2, 2)] == plan.start_of(1)
     assert Counter(image for image, _ in samples(steps, 1)[:8]) == Counter({image: 2 for image in range(4)})
+
+
+def test_every_step_but_the_epochs_last_is_full_for_every_dataset():
+    plan = Plan([part("a", 2, buckets=(11,)), part("b", 2, buckets=(5,))], 4, 0)  # 6 and 3 chunks
+    counts = [[sum(micro.dataset == dataset for micro in step.micro) for dataset in (0, 1)] for step, _ in epoch_of(plan)]
+    assert counts == [[4, 4], [2, 4]]
 
 
 def test_a_position_at_an_epochs_end_is_the_next_ones_beginning():

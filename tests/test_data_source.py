@@ -1,5 +1,6 @@
 """Sources: every image is found, and everything wrong with a folder is in one message."""
 
+import io
 import os
 import subprocess
 import sys
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_help import build, dataset, folder_of, picture, source
+from data_help import Encoder, build, dataset, folder_of, picture, source
 from PIL import Image
+from rich.console import Console
 
 from hcpdiff.data.source import check_sources, read_source
 from hcpdiff.errors import DataError
@@ -38,9 +40,58 @@ def test_hidden_files_other_files_and_mask_folder_are_no_images(tmp_path):
 def test_a_folder_named_like_an_image_and_a_symlink_loop_do_no_harm(tmp_path):
     folder_of(tmp_path, {"trap.png/1.png": (40, 30)})
     (tmp_path / "trap.png" / "loop").symlink_to(tmp_path, target_is_directory=True)
-    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing.png")
+    os.mkfifo(tmp_path / "pipe.png")
     found, faults = read(source(tmp_path))
     assert not faults and found.keys == ["trap.png/1.png"]
+
+
+def test_a_link_to_nothing_or_to_itself_is_a_damaged_image(tmp_path):
+    folder_of(tmp_path, {"1.png": (40, 30)})
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing.png")
+    (tmp_path / "self.png").symlink_to(tmp_path / "self.png")
+    _, [fault] = read(source(tmp_path))
+    assert "2 of 3 images" in fault and "gone.png: the file is gone" in fault and "self.png" in fault
+
+
+def test_names_that_are_not_utf8_work_everywhere(tmp_path):
+    folder_of(tmp_path, {"1.png": (64, 64)})
+    (tmp_path / "1.png").rename(os.path.join(os.fsencode(tmp_path), b"caf\xe9.png").decode("utf-8", "surrogateescape"))
+    with open(os.path.join(os.fsencode(tmp_path), b"caf\xe9.txt"), "w") as file:
+        file.write("coffee")
+    data = build(dataset(source(tmp_path, caption_file=str(tmp_path)), cache_latents="disk", cache_dir=str(tmp_path / ".cache")))
+    data.cache_latents(Encoder(), "v")
+    [(_, _, [batch])] = list(data.batches(count=1))
+    assert batch.prompts == ["coffee"] and batch.ids == ("d0/s0/caf\\udce9.png",)
+    data.report(Console(file=io.TextIOWrapper(io.BytesIO(), encoding="utf-8")))
+    (tmp_path / "1.png").write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        build(dataset(source(tmp_path), cache_latents="none"))
+    assert str(caught.value).encode("utf-8")
+
+
+@pytest.mark.skipif(os.name == "posix" and os.geteuid() == 0, reason="root may list everything")
+def test_a_folder_that_may_not_be_listed_is_a_fault(tmp_path):
+    folder_of(tmp_path, {"a/1.png": (64, 64), "b/1.png": (64, 64)})
+    (tmp_path / "b").chmod(0)
+    _, faults = read(source(tmp_path))
+    (tmp_path / "b").chmod(0o755)
+    assert "cannot be listed" in faults[0]
+
+
+def test_images_that_were_decoded_for_a_disk_cache_are_not_verified_again(tmp_path, monkeypatch):
+    folder_of(tmp_path, 3)
+    monkeypatch.setattr("hcpdiff.data.hashes._RACY_NS", 0)
+    config = dataset(source(tmp_path, skip_bad_images=True), cache_latents="disk", cache_dir=str(tmp_path / ".cache"))
+    build(config).cache_latents(Encoder(), "v")
+    monkeypatch.setattr("hcpdiff.data.image.verify", lambda path: pytest.fail("verified again"))
+    assert build(config).images == 3
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 2)])
+def test_images_of_extreme_shape_are_trained_all_the_same(tmp_path, size):
+    folder_of(tmp_path, {"x.png": size})
+    [(_, _, [batch])] = list(build(dataset(source(tmp_path), area=64 * 64)).batches(count=1))
+    assert batch.pixels.shape[2] * batch.pixels.shape[3] <= 64 * 64 and batch.pixels.isfinite().all()
 
 
 def test_the_header_pass_decodes_no_pixels(tmp_path, monkeypatch):
@@ -145,7 +196,7 @@ def test_indexing_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
 
 
-def test_unreadable_places_say_so(tmp_path):
+def test_links_to_images_are_images_and_a_dataset_without_a_source_is_a_fault(tmp_path):
     folder_of(tmp_path, 1)
     (tmp_path / "b.png").symlink_to(tmp_path / "00.png")
     found, faults = read(source(tmp_path))

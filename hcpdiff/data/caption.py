@@ -80,7 +80,7 @@ def _from_file(path: Path, img_root: str, keys: Sequence[str], where: str, fault
 
 def _from_folder(folder: Path, img_root: str, keys: Sequence[str], where: str, faults: list[str]) -> Captions:
     texts = {}
-    for name in list_below(folder):
+    for name in list_below(folder, f"{where}.caption_file", faults):
         stem, ending = os.path.splitext(name)
         if ending.lower() in TEXT_ENDINGS and (stem not in texts or ending.lower() == ".txt"):
             texts[stem] = name
@@ -104,7 +104,7 @@ def _from_folder(folder: Path, img_root: str, keys: Sequence[str], where: str, f
     return captions
 
 
-def list_below(folder: str | Path) -> list[str]:
+def list_below(folder: str | Path, where: str, faults: list[str]) -> list[str]:
     """POSIX paths of the files in a folder and below it, sorted; hidden ones left out, folders that are linked in a circle entered once."""
     found, seen, stack = [], set(), [""]
     while stack:
@@ -114,16 +114,27 @@ def list_below(folder: str | Path) -> list[str]:
         if real in seen:
             continue
         seen.add(real)
-        with os.scandir(here) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or entry.name == "__MACOSX":
-                    continue
+        try:
+            entries = list(os.scandir(here))
+        except OSError as error:
+            faults.append(f"{where}: the folder {here!r} cannot be listed: {error.strerror or error}")
+            continue
+        for entry in entries:
+            if not entry.name.startswith(".") and entry.name != "__MACOSX":
                 name = f"{below}/{entry.name}" if below else entry.name
-                if entry.is_dir():
-                    stack.append(name)
-                elif entry.is_file():
-                    found.append(name)
+                kind = _kind_of(entry)
+                if kind:
+                    (stack if kind == "folder" else found).append(name)
     return sorted(found)
+
+
+def _kind_of(entry: os.DirEntry) -> str | None:
+    """folder, file, or None for pipes and the like. A link to nothing is a file that is wanted and missing; entry.is_dir() would raise for a circle."""
+    if not entry.is_symlink():
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else None
+    if os.path.isdir(entry.path):
+        return "folder"
+    return "file" if os.path.isfile(entry.path) or not os.path.exists(entry.path) else None
 
 
 def read_text(path: Path, faults: list[str]) -> str | None:

@@ -10,10 +10,10 @@ import torch
 from ..errors import DataError
 from . import report as reports
 from .bucket import Buckets, fixed_buckets, ratio_buckets
-from .latent_cache import DiskStore, Encode, Entry, Exchange, MemoryStore
+from .latent_cache import DiskStore, Encode, Entry, Exchange, MemoryStore, decoded_before
 from .loader import StepBatches, step_batches
 from .plan import DatasetPlan, MicroBatch, Plan, Position
-from .sample import Batch, BatchMaker, TrainDataset
+from .sample import Batch, BatchMaker, TrainDataset, to_unit
 from .source import Source, read_source
 
 
@@ -51,9 +51,10 @@ def _index(name: str, config: Any, factor: int, step_default: int, locate: Calla
         faults.append(f"{where}.source: there is no source; add one, e.g. {where}.source.data_source1.img_root")
     sources, before = [], len(faults)
     mode = cache_mode(config.cache_latents)
+    known_good = decoded_before(config.cache_dir) if mode == "disk" else (lambda path: False)
     for key, source in config.source.items():
         verify = mode == "none" or source.skip_bad_images  # cached images are all decoded while caching, before the first step
-        sources.append(read_source(key, source, f"{where}.source.{key}", faults, locate, verify))
+        sources.append(read_source(key, source, f"{where}.source.{key}", faults, locate, verify, known_good))
     step = _step_size(config.bucket, where, factor, step_default, faults)
     if len(faults) > before or not sources:
         return None
@@ -177,8 +178,9 @@ class TrainData:
                 store.fill(encode, rank, world, exchange, tick)
 
     def _attach(self, batch: Batch, micro: MicroBatch) -> Batch:
-        """Fill in the cached latents (and masks) of a batch."""
+        """Complete a batch in the main process: pixels as numbers, or the cached latents (and masks)."""
         if self.datasets[micro.dataset].cache == "none":
+            batch.pixels = to_unit(batch.pixels)
             return batch
         if micro.dataset not in self._stores:
             raise RuntimeError("cache_latents must be called before batches")

@@ -29,13 +29,14 @@ from .hashes import Content, HashMemo, read_content
 from .image import PIXELS_VERSION, View
 from .pack import FORMAT, PackFolder, PackWriter
 from .sample import TrainDataset, load_views, stack_pixels
-from .source import reason
+from .source import reason, shown
 
 Entry = dict[str, Tensor]
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # (1,3,H,W) fp32 in [-1,1] -> mean, std (1,C,h,w)
 Exchange = Callable[[Any], list[Any]]  # one object of every rank, in rank order (torch.distributed.all_gather_object)
 Tick = Callable[[int], None]  # told how many images were done
 _ROUND = 64  # images that a rank encodes between two exchanges
+_HASHES = "hashes-1.bin"
 _LOOK_SECONDS = 5.0  # how often to look for what other processes have put into the cache
 
 
@@ -141,7 +142,7 @@ class DiskStore:
     def __init__(self, folder: str | Path, data: TrainDataset, vae_id: str, factor: int):
         self.data, self.vae_id, self.factor = data, vae_id, factor
         self.packs = PackFolder(Path(folder) / f"latents-{FORMAT}")
-        self.memo = HashMemo(Path(folder) / "hashes-1.bin")
+        self.memo = HashMemo(Path(folder) / _HASHES)
         self.digests: dict[int, Digests] = {}
         self.encoded = 0  # images encoded by this process, for tests and the log
         self._looked = time.monotonic()
@@ -212,7 +213,7 @@ class DiskStore:
             try:
                 contents.append(read_content(path))
             except OSError as error:
-                return DataError(f"{path}: {reason(error, path)}")
+                return DataError(f"{shown(path)}: {reason(error, path)}")
         digests = (*(content.digest for content in contents), None)[:2]
         loaded = []
         if not self._whole(image, digests):
@@ -241,6 +242,12 @@ class DiskStore:
         except DataError as error:
             faults.others += error.faults
         self.encoded += bool(missing)
+
+
+def decoded_before(folder: str | Path) -> Callable[[str], bool]:
+    """Tells of a file whether an earlier run could decode it and it is unchanged: only such files are in the memo of hashes."""
+    memo = HashMemo(Path(folder) / _HASHES)
+    return lambda path: memo.digest(path) is not None
 
 
 def _why(error: OSError) -> str:

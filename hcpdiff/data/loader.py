@@ -7,8 +7,9 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -30,14 +31,18 @@ class _Failed:
 
 
 class _Batches(Dataset):
-    """A map from micro-batches (the sampler's items) to batches."""
+    """A map from micro-batches (the sampler's items) to batches, whose tensors travel as arrays.
+
+    Tensors would go through shared memory and file descriptors, of which containers (64 MiB of /dev/shm) and shells (1024 files) have little.
+    """
 
     def __init__(self, maker: BatchMaker):
         self.maker = maker
 
-    def __getitem__(self, micro: MicroBatch) -> Batch | _Failed:
+    def __getitem__(self, micro: MicroBatch) -> dict[str, Any] | _Failed:
         try:
-            return self.maker.make(micro)
+            parts = vars(self.maker.make(micro))
+            return {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in parts.items()}
         except DataError as error:
             return _Failed(error.faults)
 
@@ -79,10 +84,10 @@ def _by_workers(steps: Iterator[tuple[Step, list[Position]]], maker: BatchMaker,
         yield step, after, [attach(_whole(next(batches)), micro) for micro in mine]
 
 
-def _whole(item: Batch | _Failed) -> Batch:
+def _whole(item: dict[str, Any] | _Failed) -> Batch:
     if isinstance(item, _Failed):
         raise DataError(item.faults)
-    return item
+    return Batch(**{name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in item.items()})
 
 
 class _Endless:

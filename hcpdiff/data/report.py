@@ -6,6 +6,7 @@ import numpy as np
 
 from .bucket import cropped_share, upscaled
 from .sample import TrainDataset
+from .source import shown
 
 if TYPE_CHECKING:
     from .dataset import TrainData
@@ -83,7 +84,7 @@ def too_long(data: "TrainData") -> list[tuple[str, int]]:
                 prompt = source.prompter.prompt(caption, None)
                 if len(prompt.encode("utf-8")) > data.token_limit:  # a token is at least one byte, so shorter ones need no counting
                     tokens = data.token_count(prompt)
-                    found += [(f"{source.name}/{key}", tokens)] if tokens > data.token_limit else []
+                    found += [(f"{source.name}/{shown(key)}", tokens)] if tokens > data.token_limit else []
     return found
 
 
@@ -112,4 +113,4 @@ def notices(data: "TrainData") -> list[str]:
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
-    return ", ".join(names[:_NAMES]) + more
+    return shown(", ".join(names[:_NAMES]) + more)

@@ -12,7 +12,7 @@ from ..randomness import generator, position_key
 from . import image as pixels
 from .image import View
 from .plan import MicroBatch, SampleRef
-from .source import Source, reason
+from .source import Source, reason, shown
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Batch:
 
     ids: tuple[str, ...]
     prompts: list[str]
-    pixels: Tensor | None  # (B,3,H,W) fp32 in [-1,1]
+    pixels: Tensor | None  # (B,3,H,W) fp32 in [-1,1]; uint8 on its way out of a worker, which is a quarter of the bytes
     latent_mean: Tensor | None  # (B,C,h,w) as encoded
     latent_std: Tensor | None  # (B,C,h,w)
     vae_noise: Tensor  # (B,C,h,w) fp32 N(0,1), draws the latent from the posterior
@@ -67,7 +67,7 @@ class TrainDataset:
     def image_id(self, image: int) -> str:
         """Name of an image within the dataset: source/path below img_root."""
         source, number = self.source_of(image)
-        return f"{source.name}/{source.keys[number]}"
+        return f"{source.name}/{shown(source.keys[number])}"
 
     def size_of(self, image: int) -> tuple[int, int]:
         """(width, height) of an image, upright."""
@@ -141,7 +141,7 @@ class BatchMaker:
                 faults += error.faults
         if faults:
             raise DataError(faults)
-        return stack_pixels([pair[0] for pair in loaded]), stack_masks([pair[1] for pair in loaded], loaded[0][0].shape, self.vae_factor)
+        return torch.from_numpy(np.stack([pair[0] for pair in loaded])).permute(0, 3, 1, 2), stack_masks([pair[1] for pair in loaded], loaded[0][0].shape, self.vae_factor)
 
 
 def load_views(data: TrainDataset, image: int, views: Sequence[View], factor: int, file: object = None, mask_file: object = None) -> list[tuple[np.ndarray, np.ndarray | None]]:
@@ -155,16 +155,21 @@ def load_views(data: TrainDataset, image: int, views: Sequence[View], factor: in
             path = source.masks[number]
             mask = pixels.decode_mask(mask_file or path)
     except pixels.READ_FAULTS as error:
-        raise DataError(f"{path}: {reason(error, path)}") from error
+        raise DataError(f"{shown(path)}: {reason(error, path)}") from error
     if whole.size != data.size_of(image):
         was = "{} x {}".format(*data.size_of(image))
-        raise DataError(f"{path}: was changed after the start: {whole.width} x {whole.height} now, {was} then. Start again.")
+        raise DataError(f"{shown(path)}: was changed after the start: {whole.width} x {whole.height} now, {was} then. Start again.")
     return [(pixels.fit(whole, view), None if mask is None else pixels.fit_mask(mask, whole.size, view, factor)) for view in views]
 
 
 def stack_pixels(images: Sequence[np.ndarray]) -> Tensor:
     """uint8 (H,W,3) each -> (B,3,H,W) fp32 in [-1,1]."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
+    return to_unit(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 (B,3,H,W) -> fp32 in [-1,1], contiguous."""
+    return images.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
 
 
 def stack_masks(masks: Sequence[np.ndarray | None], shape: Sequence[int], factor: int) -> Tensor | None:

@@ -99,7 +99,8 @@ def read_source(name: str, config: Any, where: str, faults: list[str], locate: C
 
 def _image_keys(config: Any, where: str, faults: list[str]) -> tuple[list[str], list[str]]:
     """Image files below img_root, without those of a mask folder that lies inside it; and notices about files that only look like images."""
-    files = list_below(config.img_root)
+    before = len(faults)
+    files = list_below(config.img_root, f"{where}.img_root", faults)
     if config.att_mask is not None:
         inside = os.path.relpath(os.path.realpath(config.att_mask), os.path.realpath(config.img_root)).replace(os.sep, "/")
         files = [name for name in files if not name.startswith(inside + "/")]
@@ -108,7 +109,7 @@ def _image_keys(config: Any, where: str, faults: list[str]) -> tuple[list[str], 
     others = Counter(os.path.splitext(name)[1].lower() for name in files) - Counter(os.path.splitext(name)[1].lower() for name in keys)
     left = {ending: count for ending, count in others.items() if ending in _LOOKALIKES}
     notices = [f"{count} {ending} files are left out" + ("; install pillow-heif to read them" if ending in pixels.HEIF_EXTENSIONS else "") for ending, count in left.items()]
-    if not keys:
+    if not keys and len(faults) == before:
         there = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in others.most_common(5)) or "no file at all"
         faults.append(f"{where}.img_root = {config.img_root!r} holds no image in it or below ({' '.join(sorted(e[1:] for e in taken))}); there: {there}")
     return keys, notices
@@ -144,7 +145,12 @@ def damaged(lines: list[str], total: int) -> str:
 
 def _lines(lines: list[str]) -> str:
     more = [f"  and {len(lines) - _SHOWN} more"] * (len(lines) > _SHOWN)
-    return "\n".join([f"  {line}" for line in lines[:_SHOWN]] + more)
+    return "\n".join([f"  {shown(line)}" for line in lines[:_SHOWN]] + more)
+
+
+def shown(name: str) -> str:
+    """A file name as text that any log can hold: bytes that are not UTF-8 (names out of an old zip) become \\udc.. escapes."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def reason(error: BaseException, path: str) -> str:
@@ -174,7 +180,7 @@ def _caption_faults(captions: Captions, config: Any, keys: list[str], where: str
     if config.caption_file is None or captions.found or not keys or captions.form == "none":
         return
     details = "".join(f"\n  {notice}" for notice in captions.notices)
-    faults.append(f"{where}.caption_file = {config.caption_file!r} has a caption for none of {len(keys)} images ({', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''}). "
+    faults.append(f"{where}.caption_file = {config.caption_file!r} has a caption for none of {len(keys)} images ({shown(', '.join(keys[:3]))}{' ...' if len(keys) > 3 else ''}). "
                   f"Name text files or keys like the images, or set caption_file: null.{details}")
 
 
@@ -193,7 +199,7 @@ def _masks(config: Any, keys: list[str], sizes: np.ndarray, where: str, faults: 
     if config.att_mask is None or not _check_folder(config.att_mask, f"{where}.att_mask", faults):
         return None
     taken = pixels.readable_extensions()
-    files = [name for name in list_below(config.att_mask) if os.path.splitext(name)[1].lower() in taken]
+    files = [name for name in list_below(config.att_mask, f"{where}.att_mask", faults) if os.path.splitext(name)[1].lower() in taken]
     exact = set(files)
     stems = {os.path.splitext(name)[0]: name for name in files}
     found = [key if key in exact else stems.get(os.path.splitext(key)[0]) for key in keys]
