@@ -8,6 +8,7 @@ from PIL import Image
 
 from hcpdiff.config.schema import BucketConfig, DatasetConfig, SourceConfig
 from hcpdiff.data.dataset import TrainData, build_train_data
+from hcpdiff.data.sample import load_views, stack_pixels
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -65,3 +66,34 @@ def epoch(data: TrainData, **extra) -> list:
     """(step, after, batches) of the first epoch."""
     iterator = data.batches(count=data.steps_per_epoch, **extra)
     return list(iterator)
+
+
+def cached(root, cache, mode="disk", bucket=None, area=4096, **extra):
+    """One dataset of one folder with a latent cache."""
+    return dataset(source(root, **extra), cache_latents=mode, cache_dir=str(cache), bucket=bucket, area=area)
+
+
+def means(data):
+    """id -> mean latent of the first epoch's samples."""
+    return {name: mean for _, _, batches in epoch(data) for batch in batches for name, mean in zip(batch.ids, batch.latent_mean)}
+
+
+def right(data, strength=1.0):
+    """Whether batches get, and the cache holds of every view, the latents of the files as they are now."""
+    one, served = data.datasets[0], means(data)
+    for image in range(len(one)):
+        views = one.views(image)
+        fresh = [Encoder(strength)(stack_pixels([rgb]))[0][0] for rgb, _ in load_views(one, image, views, 8)]
+        if not all(torch.equal(data._stores[0].get(image, number)["mean"], latent) for number, latent in enumerate(fresh)):
+            return False
+        if not any(torch.equal(served[f"d0/{one.image_id(image)}"], latent) for latent in fresh):
+            return False
+    return True
+
+
+def filled(root, cache, encode=None, vae="v", **extra):
+    """(TrainData with its cache filled, calls of the encoder that took)."""
+    encode = encode or Encoder()
+    data = build(cached(root, cache, **extra))
+    data.cache_latents(encode, vae)
+    return data, encode.calls

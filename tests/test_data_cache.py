@@ -1,53 +1,20 @@
 """Caches: never stale, never half, shared by processes; whatever happens to their files, the latents are right."""
 
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import time
 
 import numpy as np
 import pytest
 import torch
-from data_help import Encoder, build, dataset, epoch, folder_of, picture, source
+from data_help import Encoder, build, cached, dataset, filled, folder_of, means, picture, right, source
 from PIL import Image
 
 from hcpdiff.data import hashes
 from hcpdiff.data.pack import PackFolder, PackWriter
 from hcpdiff.data.prune import cache_info, prune
-from hcpdiff.data.sample import load_views, stack_pixels
 from hcpdiff.data.text_cache import TextCache
 from hcpdiff.errors import DataError
-
-
-def settings(root, cache, mode="disk", bucket=None, area=4096, **extra):
-    return dataset(source(root, **extra), cache_latents=mode, cache_dir=str(cache), bucket=bucket, area=area)
-
-
-def means(data):
-    """id -> mean latent of the first epoch's samples."""
-    return {name: mean for _, _, batches in epoch(data) for batch in batches for name, mean in zip(batch.ids, batch.latent_mean)}
-
-
-def right(data, strength=1.0):
-    """Whether batches get, and the cache holds of every view, the latents of the files as they are now."""
-    one, served = data.datasets[0], means(data)
-    for image in range(len(one)):
-        views = one.views(image)
-        fresh = [Encoder(strength)(stack_pixels([rgb]))[0][0] for rgb, _ in load_views(one, image, views, 8)]
-        if not all(torch.equal(data._stores[0].get(image, number)["mean"], latent) for number, latent in enumerate(fresh)):
-            return False
-        if not any(torch.equal(served[f"d0/{one.image_id(image)}"], latent) for latent in fresh):
-            return False
-    return True
-
-
-def filled(root, cache, encode=None, vae="v", **extra):
-    encode = encode or Encoder()
-    data = build(settings(root, cache, **extra))
-    data.cache_latents(encode, vae)
-    return data, encode.calls
 
 
 @pytest.fixture
@@ -198,7 +165,7 @@ def test_damage_while_training_is_an_error_and_no_wrong_latent(root, tmp_path):
 
 def test_all_images_that_cannot_be_read_are_named_while_caching(root, tmp_path):
     for mode in ("memory", "disk"):
-        data = build(settings(root, tmp_path / "c", mode=mode))
+        data = build(cached(root, tmp_path / "c", mode=mode))
         for name in ("01.png", "03.png"):
             raw = (root / name).read_bytes()
             (root / name).write_bytes(raw[:len(raw) // 2])
@@ -216,7 +183,7 @@ def test_latents_that_are_not_finite_are_never_kept(root, tmp_path):
 
     for mode in ("memory", "disk"):
         with pytest.raises(DataError, match="not finite"):
-            build(settings(root, tmp_path / "c", mode=mode)).cache_latents(broken, "v")
+            build(cached(root, tmp_path / "c", mode=mode)).cache_latents(broken, "v")
     data, calls = filled(root, tmp_path / "c")
     assert calls == 5 and right(data)
 
@@ -254,130 +221,6 @@ def test_a_full_disk_says_so_and_leaves_nothing_half(root, tmp_path, monkeypatch
     (tmp_path / "file").write_text("x")
     with pytest.raises(DataError, match="cannot be written"):
         filled(root, tmp_path / "file" / "c")
-
-
-# ---- several processes ----------------------------------------------------------------------------------------------------------------------------
-
-def _fill_in_process(root, cache, answer):
-    class Slow(Encoder):
-        def __call__(self, pixels):
-            time.sleep(0.02)
-            return super().__call__(pixels)
-
-    data, calls = filled(root, cache, encode=Slow())
-    answer.put((calls, right(data)))
-
-
-def test_two_processes_fill_one_cache(tmp_path):
-    root = folder_of(tmp_path / "imgs", 10)
-    context = multiprocessing.get_context("fork")
-    answer = context.Queue()
-    running = [context.Process(target=_fill_in_process, args=(root, tmp_path / "c", answer)) for _ in range(2)]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # forked children must not wait for threads that they do not have
-    for process in running:
-        process.start()
-    results = [answer.get(timeout=60) for _ in running]
-    for process in running:
-        process.join(60)
-    torch.set_num_threads(threads)
-    assert all(good for _, good in results)
-    data, calls = filled(root, tmp_path / "c")
-    assert calls == 0 and right(data)
-
-
-def _fill_and_be_killed(root, cache):
-    class Deadly(Encoder):
-        def __call__(self, pixels):
-            if self.calls == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super().__call__(pixels)
-
-    filled(root, cache, encode=Deadly())
-
-
-def test_a_run_killed_while_filling_leaves_a_cache_that_works(root, tmp_path):
-    process = multiprocessing.get_context("fork").Process(target=_fill_and_be_killed, args=(root, tmp_path / "c"))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL and list((tmp_path / "c" / "latents-1").glob("*.tmp"))
-    data, calls = filled(root, tmp_path / "c")
-    assert calls == 5 and right(data)
-
-
-def test_an_interrupted_fill_keeps_what_it_has(root, tmp_path):
-    class Interrupted(Encoder):
-        def __call__(self, pixels):
-            if self.calls == 3:
-                raise KeyboardInterrupt
-            return super().__call__(pixels)
-
-    with pytest.raises(KeyboardInterrupt):
-        filled(root, tmp_path / "c", encode=Interrupted())
-    assert filled(root, tmp_path / "c")[1] == 2
-
-
-class Exchange:
-    """all_gather_object between threads."""
-
-    def __init__(self, world):
-        self.barrier, self.slots = threading.Barrier(world, timeout=30), [None] * world
-
-    def of(self, rank):
-        def exchange(item):
-            self.slots[rank] = item
-            self.barrier.wait()
-            everything = list(self.slots)
-            self.barrier.wait()
-            return everything
-        return exchange
-
-
-def on_ranks(world, work):
-    """work(rank, exchange) on as many threads; results or errors in rank order."""
-    exchange, results = Exchange(world), [None] * world
-
-    def one_rank(rank):
-        try:
-            results[rank] = work(rank, exchange.of(rank))
-        except DataError as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=one_rank, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return results
-
-
-@pytest.mark.parametrize("mode", ["memory", "disk"])
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_the_work_and_have_the_same_latents(root, tmp_path, mode, world):
-    ranks = [(build(settings(root, tmp_path / "c", mode=mode)), Encoder()) for _ in range(world)]
-    on_ranks(world, lambda rank, exchange: ranks[rank][0].cache_latents(ranks[rank][1], "v", rank, world, exchange))
-    assert sorted(encode.calls for _, encode in ranks) == sorted(len(range(rank, 5, world)) for rank in range(world))
-    assert all(right(data) for data, _ in ranks)
-
-
-def test_ranks_without_a_common_file_system_fill_their_own_disk_cache(root, tmp_path):
-    ranks = [build(settings(root, tmp_path / f"c{rank}")) for rank in range(2)]
-    on_ranks(2, lambda rank, exchange: ranks[rank].cache_latents(Encoder(), "v", rank, 2, exchange))
-    assert all(right(data) for data in ranks)
-
-
-@pytest.mark.parametrize("mode", ["memory", "disk"])
-def test_a_fault_on_one_rank_is_told_by_all_and_none_waits(root, tmp_path, mode):
-    ranks = [build(settings(root, tmp_path / "c", mode=mode)) for _ in range(2)]
-    (root / "01.png").write_bytes(b"")  # the share of rank 1
-    errors = on_ranks(2, lambda rank, exchange: ranks[rank].cache_latents(Encoder(), "v", rank, 2, exchange))
-    assert all(isinstance(error, DataError) and "01.png" in str(error) for error in errors)
-
-
-def test_progress_counts_images_to_the_end(root, tmp_path):
-    seen = []
-    build(settings(root, tmp_path / "c")).cache_latents(Encoder(), "v", progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(n, 5) for n in range(1, 6)]
 
 
 # ---- looking after the folder ---------------------------------------------------------------------------------------------------------------------

@@ -25,11 +25,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import DataError
+from .files import shown
 from .hashes import Content, HashMemo, read_content
 from .image import PIXELS_VERSION, View
 from .pack import FORMAT, PackFolder, PackWriter
 from .sample import TrainDataset, load_views, stack_pixels
-from .source import reason, shown
+from .source import reason
 
 Entry = dict[str, Tensor]
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # (1,3,H,W) fp32 in [-1,1] -> mean, std (1,C,h,w)

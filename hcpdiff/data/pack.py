@@ -5,6 +5,7 @@ length, digest of the payload). A pack without a whole index does not exist for 
 changed in place: an entry that is found damaged is written again into a newer pack, and newer packs win. No torch here.
 """
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -176,14 +177,11 @@ class PackWriter:
         """Give up what was not published, for instance because the disk is full."""
         if self._file is None:
             return
-        try:
+        with contextlib.suppress(OSError):  # closing writes out the buffer: the failure that brought us here, once more
             self._file.close()
-        except OSError:  # closing writes out the buffer: the failure that brought us here, once more
-            pass
-        finally:
-            self.pending.clear()
-            self._file = None
-            (self.folder.folder / f"{self._name}.pack{_TEMP}").unlink(missing_ok=True)
+        self.pending.clear()
+        self._file = None
+        (self.folder.folder / f"{self._name}.pack{_TEMP}").unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .bucket import cropped_share, upscaled
+from .files import shown
 from .sample import TrainDataset
-from .source import shown
 
 if TYPE_CHECKING:
     from .dataset import TrainData

@@ -10,9 +10,10 @@ from torch import Tensor
 from ..errors import DataError
 from ..randomness import generator, position_key
 from . import image as pixels
+from .files import shown
 from .image import View
 from .plan import MicroBatch, SampleRef
-from .source import Source, reason, shown
+from .source import Source, reason
 
 
 @dataclass

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from . import image as pixels
-from .caption import Captions, check_caption_file, list_below, load_captions
+from .caption import Captions, check_caption_file, load_captions
+from .files import list_below, shown
 from .template import Prompter, load_templates, word_notices
 
 _SHOWN = 500  # damaged or missing files named in one message; more are counted
@@ -146,11 +147,6 @@ def damaged(lines: list[str], total: int) -> str:
 def _lines(lines: list[str]) -> str:
     more = [f"  and {len(lines) - _SHOWN} more"] * (len(lines) > _SHOWN)
     return "\n".join([f"  {shown(line)}" for line in lines[:_SHOWN]] + more)
-
-
-def shown(name: str) -> str:
-    """A file name as text that any log can hold: bytes that are not UTF-8 (names out of an old zip) become \\udc.. escapes."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def reason(error: BaseException, path: str) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .caption import read_text
+from .files import read_text
 
 _FIELD = re.compile(r"\\[{}]|\{([^{}]*)\}|[{}]")
 _ENDS_WITH_SEPARATOR = re.compile(r"(?:\s*[,;:|，、；：]\s*|\s+[-–—/]\s*)$")
