@@ -104,3 +104,18 @@ def test_what_no_model_has_is_not_found():
     assert unet_path("down_blocks_0_attentions_7_proj_in") is None
     assert clip_path("text_model_encoder_layers_0_self_attn_z_proj") is None
     assert BY_NAME["sd1"].webui_base(UNET, "conv_norm_out") is None and BY_NAME["sd1"].webui_base(TEXT_2, "text_model.encoder.layers.0.mlp.fc1") is None
+
+
+def test_the_tables_need_nothing_and_are_all_that_checkpoints_take_from_families():
+    import re
+    from pathlib import Path
+
+    root = Path(__file__).parents[1] / "hcpdiff"
+    taken = set()
+    for path in sorted((root / "checkpoint").glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        taken |= set(re.findall(r"from \.\.families\.(\w+) import", text)) | set(re.findall(r"from \.\.families import (.+)", text))
+    assert taken == {"unet_names", "webui"}
+    for name in taken:
+        imported = re.findall(r"^(?:from|import) (\S+)", (root / "families" / f"{name}.py").read_text(encoding="utf-8"), re.MULTILINE)
+        assert set(imported) <= {"re", "collections.abc", "dataclasses", "functools", "typing", ".unet_names"}, imported

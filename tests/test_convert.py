@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from real_configs import CLIP_H, CLIP_L, SD15_UNET, SD21_UNET, SDXL_UNET, kohya_targets, meta_clip, meta_unet
+from real_configs import CLIP_G, CLIP_H, CLIP_L, SD15_UNET, SD21_UNET, SDXL_UNET, kohya_targets, meta_clip, meta_unet
 from tiny import make_text_encoder, make_unet
 
 from hcpdiff.checkpoint.convert import cast, distance, faults_of, find_family, join, same_delta, to_webui
@@ -13,6 +13,7 @@ from hcpdiff.checkpoint.export import payload_hash, replaceable, write_ours, wri
 from hcpdiff.checkpoint.format import load_lora, save_lora
 from hcpdiff.checkpoint.io import read_tensors, save_tensors
 from hcpdiff.checkpoint.metadata import carried
+from hcpdiff.checkpoint.spellings import read_key
 from hcpdiff.errors import CheckpointError
 from hcpdiff.families.unet_names import text_path
 from hcpdiff.families.webui import BY_NAME
@@ -127,6 +128,18 @@ def test_the_kohya_set_of_real_shapes_converts_whole_and_its_family_is_found(tmp
     again = load_lora(tmp_path / "w.safetensors")
     assert {component: len(named) for component, named in again.layers.items()} == dict(zip(("unet", "text_encoder"), counts, strict=True))
     assert set(again.spelling.split("+")) == ({"webui-ldm", "webui"} if family is SDXL else {"webui"}) and faults_of(again.layers, layers) == []
+
+
+def test_diffusers_finds_every_layer_of_an_sdxl_file_under_its_own_name():
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers, _maybe_map_sgm_blocks_to_diffusers
+
+    unet, texts = meta_unet(SDXL_UNET), (meta_clip(CLIP_L), meta_clip(CLIP_G, projection=True))
+    layers = {"unet": lora_for(unet, kohya_targets(unet), rank=1)}
+    layers |= {name: lora_for(text, text_targets(text), True, rank=1) for name, text in zip(("text_encoder", "text_encoder_2"), texts, strict=True)}
+    mapped = _maybe_map_sgm_blocks_to_diffusers(to_webui(layers, SDXL).tensors, type("Config", (), {"layers_per_block": 2}))
+    keys = [read_key(key) for key in _convert_non_diffusers_lora_to_diffusers(mapped)[0]]  # diffusers' old spelling
+    found = {component: {key.path for key in keys if key.component == component} for component in layers}
+    assert found == {component: set(named) for component, named in layers.items()} and list(map(len, found.values())) == [722, 72, 192]
 
 
 # --- the traps of formats.md ----------------------------------------------------------------------------------------------------------------
