@@ -31,6 +31,9 @@ def main(args: argparse.Namespace) -> int:
     from hcpdiff.vis.request import read
 
     request = read(loaded.config)  # what can be said without torch is said at once
+    from hcpdiff.quiet import quiet_libraries
+
+    quiet_libraries()
     from hcpdiff.vis.run import run
 
     run(request, args.allow_target, lambda line: print(line, flush=True))

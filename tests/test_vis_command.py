@@ -81,7 +81,7 @@ def test_guides_command_and_config_work_as_printed(tiny_sd1, run_folder, tmp_pat
     (tmp_path / "embs").mkdir()
     save_file({"emb_params": torch.randn(2, 32)}, tmp_path / "embs" / "surtr_arknights-1000.safetensors")
     done = visualizer("--cfg", "infer.yaml", f"pretrained_model={tiny_sd1}", f"lora_path={run_folder.relative_to(tmp_path)}/unet-1000.safetensors", "lora_alpha=0.8",
-                      "prompt=masterpiece, best quality, 1girl, solo, {surtr_arknights-1000:1.2}", "infer_args.width=64", "infer_args.height=96", "infer_args.num_inference_steps=5", "seed=0", cwd=tmp_path)
+                      "prompt=masterpiece, best quality, 1girl, solo, {surtr_arknights-1000:1.2}", "infer_args.width=64", "infer_args.height=96", "infer_args.num_inference_steps=5", "seed=0", "cpu_threads=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for part in ("unet-1000: unet, 1 layers, rank 4, strength 0.8", "DPMSolverMultistepScheduler, 5 steps, guidance 9", "64x96", "seed 0", "surtr_arknights-1000", "cpu"):
         assert part in done.stdout, part

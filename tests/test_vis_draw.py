@@ -23,6 +23,7 @@ from hcpdiff.vis.lora_files import LoraSource
 STEPS = {"num_inference_steps": 3, "guidance_scale": 5.0}
 
 
+
 def random_lora(module, seed, rank=4, alpha=2.0, size=1.0, where=lambda path: True, prefix=""):
     """A strong LoRA on the Linear and Conv2d layers of a module."""
     g = torch.Generator().manual_seed(seed)
@@ -78,12 +79,18 @@ def theirs(pipe, prompt, negative, seed, **parts):
     return np.asarray(other(prompt, negative_prompt=negative, generator=[torch.Generator().manual_seed(seed)], **STEPS).images[0]).astype(int)
 
 
+@pytest.fixture(scope="module")
+def plain_picture(base):
+    """What diffusers alone draws with the base model."""
+    return theirs(base, "a cat", "bad", 3)
+
+
 @pytest.fixture
 def ours(tiny_sd1, tmp_path):
     """Draws by the visualizer; pictures (H,W,3) in order."""
     def draw(**keys):
         said = []
-        cfg = InferConfig(**{"pretrained_model": str(tiny_sd1), "prompt": "a cat", "neg_prompt": "bad", "seed": 3, "infer_args": STEPS,
+        cfg = InferConfig(**{"pretrained_model": str(tiny_sd1), "prompt": "a cat", "neg_prompt": "bad", "seed": 3, "infer_args": STEPS, "cpu_threads": 1,
                              "out_dir": str(tmp_path / "out"), **keys})
         paths = run.run(request.read(cfg), say=said.append)
         draw.said = "\n".join(said)
@@ -91,16 +98,24 @@ def ours(tiny_sd1, tmp_path):
     return draw
 
 
-def test_picture_without_lora_is_diffusers_own(ours, base):
-    assert np.abs(ours()[0] - theirs(base, "a cat", "bad", 3)).max() <= 1
+def test_picture_without_lora_is_diffusers_own(ours, plain_picture):
+    assert np.abs(ours()[0] - plain_picture).max() <= 1
 
 
-def test_picture_with_lora_equals_that_of_merged_weights(ours, base, lora):
+def test_v_prediction_model_is_drawn_as_diffusers_does(ours, tiny_sd2):
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd2, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    assert np.abs(ours(pretrained_model=str(tiny_sd2))[0] - theirs(pipe, "a cat", "bad", 3)).max() <= 1
+    assert "sd_v2_v" in ours.said
+
+
+def test_picture_with_lora_equals_that_of_merged_weights(ours, base, plain_picture, lora):
     path, unet, text = lora
     got = ours(lora_path=str(path), lora_alpha=0.8, lora_alpha_TE=0.5)[0]
     want = theirs(base, "a cat", "bad", 3, unet=merged(base.unet, unet, 0.8), text_encoder=merged(base.text_encoder, text, 0.5))
     assert np.abs(got - want).max() <= 1
-    assert np.abs(got - theirs(base, "a cat", "bad", 3)).max() > 10  # the LoRA is seen
+    assert np.abs(got - plain_picture).max() > 10  # the LoRA is seen
     assert f"unet-5: unet, {len(unet)} layers, rank 4, strength 0.8" in ours.said and f"text_encoder-5: text_encoder, {len(text)} layers, rank 4, strength 0.5" in ours.said
 
 
@@ -252,14 +267,13 @@ def detect_family():
     return StableDiffusion()
 
 
-def test_vae_options_and_offload_work_on_a_cpu(ours):
-    plain = ours()[0]
+def test_vae_options_and_offload_work_on_a_cpu(ours, plain_picture):
     got = ours(vae_optimize=VaeOptimize(tiling=True, slicing=True), offload=True, dtype="fp32")[0]
-    assert np.abs(got - plain).max() <= 1 and "no effect on a CPU" in ours.said
+    assert np.abs(got - plain_picture).max() <= 1 and "no effect on a CPU" in ours.said
 
 
-def test_size_is_the_models_own_unless_given(ours):
-    assert ours()[0].shape == (64, 64, 3)
+def test_size_is_the_models_own_unless_given(ours, plain_picture):
+    assert plain_picture.shape == (64, 64, 3)  # as ours, see above
     assert ours(infer_args={**STEPS, "width": 96, "height": 32})[0].shape == (32, 96, 3)
     with pytest.raises(ConfigError, match="infer_args.width = 70; it must be a multiple of 8: 64 or 72"):
         ours(infer_args={"width": 70})
@@ -271,6 +285,8 @@ def test_faults_of_the_second_stage_come_together(ours, tmp_path):
         ours(infer_args={"guidance_scal": 3}, new_components={"sampler": {"_target_": "diffusers.DDIMScheduler"}}, lora_path=str(tmp_path / "bad.safetensors"))
     for part in ("infer_args.guidance_scal", "Did you mean guidance_scale?", "new_components.sampler", "bad.safetensors"):
         assert part in str(error.value)
+    with pytest.raises(ConfigError, match="PNDMScheduler cannot be run with"):
+        ours(infer_args={"timesteps": [3, 2, 1]})
     with pytest.raises(ConfigError, match="clip_skip = 3; this text encoder has 3 layers"):
         ours(clip_skip=3)
     with pytest.raises((ConfigError, CheckpointError), match="pretrained_model = "):

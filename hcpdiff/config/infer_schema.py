@@ -79,13 +79,13 @@ class InferConfig:
     revision: str | None = key(None, "Branch, tag or commit on the hub.", "hub 上的分支、标签或提交。")
     variant: str | None = key(None, "Weight variant on the hub or in the folder, such as fp16.", "权重变体，例如 fp16。")
 
-    prompt: str | list[str] = key("", "What to draw: {text:1.2} weighs text, {text} means 1.1. A list: each prompt is drawn bs × num times.",
-                                  "提示词：{文本:1.2} 调整权重，{文本} 为 1.1。列表：每个提示词各画 bs × num 张。")
+    prompt: str | list[str] = key("", "What to draw: `{text:1.2}` weighs text, `{text}` means 1.1. A list: each prompt is drawn bs × num times.",
+                                  "提示词：`{文本:1.2}` 调整权重，`{文本}` 为 1.1。列表：每个提示词各画 bs × num 张。")
     neg_prompt: str | list[str] = key("", "Negative prompt, one for all or one per prompt.", "反向提示词：共用一个，或每个提示词各一个。")
     prompt_file: str | None = key(None, "Text file with one prompt per line, instead of prompt.", "每行一个提示词的文本文件，代替 prompt。", path=True, exists="file")
     prompt_syntax: Literal["hcp", "webui", "plain"] = key(
-        "hcp", "How prompts are read. hcp: {text:1.2}; webui: (text:1.2), [text], BREAK, <lora:name:0.8>; plain: no weights.",
-        "提示词语法。hcp：{文本:1.2}；webui：(文本:1.2)、[文本]、BREAK、<lora:名字:0.8>；plain：不含权重。")
+        "hcp", "How prompts are read. hcp: `{text:1.2}`; webui: `(text:1.2)`, `[text]`, `BREAK`, `<lora:name:0.8>`; plain: no weights.",
+        "提示词语法。hcp：`{文本:1.2}`；webui：`(文本:1.2)`、`[文本]`、`BREAK`、`<lora:名字:0.8>`；plain：不含权重。")
     N_repeats: int | Literal["auto"] = key("auto", "Chunks of 75 tokens a prompt may fill; auto: as many as it needs.",
                                            "提示词可占用的 75 token 段数；auto 为按需。", ge=1, le=64, unit="75 tokens")
     clip_skip: int = key(0, "How many of the text encoder's last layers to skip; 0 = use the last layer (webui's 1).",
@@ -100,9 +100,9 @@ class InferConfig:
     lora_alpha: float | list[float] = key(1.0, "Strength of the LoRA; 1 is what was trained, 0 is the base model. A list: one per lora_path.",
                                           "LoRA 强度；1 为训练时的效果，0 等于底模。列表：与 lora_path 一一对应。")
     lora_alpha_TE: float | list[float] | None = key(None, "Strength on the text encoder. null: as lora_alpha.", "文本编码器上的强度；null 与 lora_alpha 相同。")
-    merge: list[MergeItem] | dict | None = key(None, "Several LoRAs: a list of {path, path_TE, alpha, alpha_TE, layers}. The ancestor's group1: … form is read too.",
-                                               "多个 LoRA：{path, path_TE, alpha, alpha_TE, layers} 的列表；也支持旧版 group1: … 写法。")
-    lora_dir: str | None = key(None, "Folder in which webui's <lora:name:0.8> finds name.safetensors.", "webui 语法 <lora:名字:0.8> 查找文件的文件夹。", path=True, exists="folder")
+    merge: list[MergeItem] | dict | None = key(None, "Several LoRAs: a list of `{path, path_TE, alpha, alpha_TE, layers}`. The ancestor's `group1: …` form is read too.",
+                                               "多个 LoRA：`{path, path_TE, alpha, alpha_TE, layers}` 的列表；也支持旧版 `group1: …` 写法。")
+    lora_dir: str | None = key(None, "Folder in which webui's `<lora:name:0.8>` finds name.safetensors.", "webui 语法 `<lora:名字:0.8>` 查找文件的文件夹。", path=True, exists="folder")
 
     seed: int | list[int] | None = key(None, "Seed of the first picture; picture i has seed + i. A list: one picture per seed. null: a random one, which is said.",
                                        "第一张图的种子，第 i 张为 seed + i。列表：每个种子一张图。null：随机并打印。", ge=0, lt=2**32)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..adapters.attach import attach_lora
 from ..adapters.base import detach
-from ..checkpoint.format import load_lora
+from ..checkpoint.format import META_BASE_VERSION, load_lora
 from ..errors import ConfigError, HCPError, LayerMatchError
 from ..families.base import Models
 from ..lora_tensors import LoraTensors
@@ -23,10 +23,16 @@ class Loaded:
     source: LoraSource
     layers: Mapping[str, Layers]
     notices: tuple[str, ...] = ()
+    base_version: str | None = None
 
     def strength(self, component: str) -> float:
         """Strength on a component."""
         return self.source.strength if component == "unet" else self.source.strength_TE
+
+    def say(self, version: str) -> list[str]:
+        """What a user should know before drawing on a base model of this version."""
+        other = self.base_version is not None and self.base_version != version
+        return [*self.notices, *([f"{self.source.name} was trained on {self.base_version}, the base model is {version}; it may do little or harm."] if other else [])]
 
     def describe(self) -> list[str]:
         """One line per component: layers, rank, strength."""
@@ -68,7 +74,7 @@ def read(source: LoraSource) -> Loaded:
             raise LayerMatchError(f"{source.key}: {source.path} holds layers of the text encoder only, and path_TE is null.")
     if source.layers is not None:
         layers = chosen(layers, source.layers, f"{source.key}.layers")
-    return Loaded(source, layers, tuple(notice for file in files for notice in file.notices))
+    return Loaded(source, layers, tuple(notice for file in files for notice in file.notices), files[0].metadata.get(META_BASE_VERSION))
 
 
 def chosen(layers: Mapping[str, Layers], patterns: Sequence[str], key: str) -> dict[str, Layers]:

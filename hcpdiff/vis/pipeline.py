@@ -100,7 +100,11 @@ def sample(pipe, positive: Conditioning, negative: Conditioning, seeds: Sequence
     prompts = {"prompt_embeds": positive.hidden, "negative_prompt_embeds": negative.hidden}
     if positive.pooled is not None:
         prompts |= {"pooled_prompt_embeds": positive.pooled, "negative_pooled_prompt_embeds": negative.pooled}
-    latents = pipe(**prompts, latents=noise.to(pipe.unet.dtype), generator=draws, width=width, height=height, output_type="latent", return_dict=False, **args)[0]
+    fixed = {"latents": noise.to(pipe.unet.dtype), "generator": draws, "width": width, "height": height, "output_type": "latent", "return_dict": False}
+    try:
+        latents = pipe(**prompts, **fixed, **args)[0]
+    except ValueError as error:  # what samplers and pipelines raise for arguments that do not go together
+        raise ConfigError(f"the sampler {type(pipe.scheduler).__name__} cannot be run with these infer_args and new_components: {error}") from error
     lost = [seed for seed, latent in zip(seeds, latents) if not latent.isfinite().all()]
     if lost:
         raise ConfigError(f"the UNet gave values that are not finite (seed {', '.join(map(str, lost))}) in {pipe.unet.dtype}: use dtype=bf16 or dtype=fp32.")

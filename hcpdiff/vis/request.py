@@ -1,11 +1,12 @@
 """What is to be drawn, checked as far as it can be without torch: prompts, seeds, batches, files. All faults come together."""
 
+import dataclasses
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config.infer_schema import InferConfig
+from ..config.infer_schema import NUMBERS, InferConfig
 from ..errors import ConfigError
 from .lora_files import Finder, LoraSource, as_list
 from .prompt import Parsed, parse
@@ -41,7 +42,7 @@ class Request:
 
 def read(cfg: InferConfig) -> Request:
     """Checks a config and makes its request; ConfigError with every fault. Draws nothing and loads no model."""
-    faults: list[str] = []
+    faults: list[str] = list(cfg.check())
     notices: list[str] = []
     texts, neg_texts = prompt_texts(cfg, faults)
     prompts = parsed(texts, "prompt", cfg.prompt_syntax, faults, notices)
@@ -49,11 +50,11 @@ def read(cfg: InferConfig) -> Request:
     finder = Finder()
     loras = finder.all(cfg, common_tags(prompts, negatives, faults))
     seeds = picture_seeds(cfg, faults, notices)
-    faults += cfg.check()
     emb_dir = embedding_folder(cfg, faults)
     faults += finder.faults + check_folder(Path(cfg.out_dir).expanduser())
     if faults:
         raise ConfigError(faults)
+    cfg = dataclasses.replace(cfg, infer_args=settled(cfg.infer_args))
     if len(neg_texts) == 1:
         neg_texts, negatives = neg_texts * len(texts), negatives * len(texts)
     pictures = tuple(Picture(n * len(seeds) + i, n, seed) for n in range(len(texts)) for i, seed in enumerate(seeds))
@@ -126,6 +127,11 @@ def picture_seeds(cfg: InferConfig, faults: list[str], notices: list[str]) -> li
         first = secrets.randbelow(2**32 - count)
         notices.append(f"seed = null: took {first} (seed={first} draws the same again).")
     return [first + i for i in range(count)]
+
+
+def settled(args: dict) -> dict:
+    """infer_args without those that are null (the pipeline's own value counts), whole numbers as integers."""
+    return {name: int(value) if NUMBERS.get(name, (0, float))[1] is int else value for name, value in args.items() if value is not None}
 
 
 def embedding_folder(cfg: InferConfig, faults: list[str]) -> Path | None:

@@ -15,6 +15,7 @@ from ..families import detect
 from ..families.base import Conditioning, Family, Models
 from ..families.clip_text import layers_of
 from ..families.source import resolve
+from ..quiet import quiet_libraries
 from . import attach, components, embeddings, encode, pipeline
 from .prompt import Parsed
 from .request import Picture, Request, batches
@@ -61,22 +62,12 @@ class Collector:
 
 def run(request: Request, allow: Sequence[str] = (), say: Callable[[str], None] = print) -> list[Path]:
     """Draws a request (of `request.read(cfg)`) and returns the files. Raises HCPError with all that is wrong in what it names."""
-    quiet()
+    quiet_libraries()
     try:
         return draw(request, prepare(request, allow, say), say)
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"the device ran out of memory: {str(error).splitlines()[0]} Try bs=1, a smaller width and height, offload=true, "
                           f"vae_optimize.tiling=true or dtype=fp16.") from error
-
-
-def quiet() -> None:
-    """Keeps the libraries' loading bars and advice off the console; their errors still come."""
-    import diffusers
-    import transformers
-
-    for library in (transformers, diffusers):
-        library.logging.set_verbosity_error()
-        library.logging.disable_progress_bar()
 
 
 def prepare(request: Request, allow: Sequence[str], say: Callable[[str], None]) -> Studio:
@@ -88,9 +79,10 @@ def prepare(request: Request, allow: Sequence[str], say: Callable[[str], None]) 
     dtype = devices.compute_dtype(cfg.dtype, device)
     devices.set_threads(cfg.cpu_threads)
     folder, family, loras, words = check_parts(request, allow, say)
-    for notice in dict.fromkeys(notice for lora in loras for notice in lora.notices):
-        say(f"note: {notice}")
     models, scheduler = load(cfg, family, folder, dtype, allow)
+    version = family.base_version(models)
+    for notice in dict.fromkeys(notice for lora in loras for notice in lora.say(version)):
+        say(f"note: {notice}")
     kernel = devices.set_attention(models.unet, cfg.attention)
     vocabulary = embeddings.add_words(models, words)
     attach.attach_all(models, loras)
@@ -107,6 +99,9 @@ def prepare(request: Request, allow: Sequence[str], say: Callable[[str], None]) 
 def choose_device(choice: str) -> torch.device:
     """The device that the config names, tried; auto takes the accelerator that is there."""
     if choice == "auto":
+        if devices.cpu_build_beside_gpu():
+            raise ConfigError("this machine has an NVIDIA GPU, but the installed torch is a CPU build. Install the CUDA build (pip install torch --index-url "
+                              "https://download.pytorch.org/whl/cu128), or draw on the CPU with device=cpu.")
         return devices.pick_device()
     try:
         device = torch.device(choice)
