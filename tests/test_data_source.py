@@ -185,8 +185,8 @@ def test_the_quick_check_finds_paths_captions_and_templates(tmp_path):
     folder_of(tmp_path, 1)
     (tmp_path / "c.yaml").write_text("a: b: c")
     (tmp_path / "t.txt").write_text("{who} {pt1}")
-    config = dataset(source(tmp_path / "no", caption_file=str(tmp_path / "c.yaml"), att_mask=str(tmp_path / "nomask"), prompt_template="t"))
-    faults = check_sources({"d": config}, locate=lambda name: str(tmp_path / f"{name}.txt"))
+    config = dataset(source(tmp_path / "no", caption_file=str(tmp_path / "c.yaml"), att_mask=str(tmp_path / "nomask"), prompt_template=str(tmp_path / "t.txt")))
+    faults = check_sources({"d": config})
     assert [any(part in fault for fault in faults) for part in ("img_root", "c.yaml: line 1", "att_mask", "{who}", "{pt1}")] == [True] * 5
 
 

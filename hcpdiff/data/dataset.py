@@ -18,18 +18,17 @@ from .source import Source, read_source
 
 
 def build_train_data(data: Mapping[str, Any], *, seed: int, micro_per_step: int, vae_factor: int = 8, latent_channels: int = 4, step_default: int | None = None,
-                     workers: int | str = "auto", token_count: Callable[[str], int] | None = None, token_limit: int = 75,
-                     locate: Callable[[str], str] = str) -> "TrainData":
+                     workers: int | str = "auto", token_count: Callable[[str], int] | None = None, token_limit: int = 75) -> "TrainData":
     """The data of a run, from `cfg.data` (name -> DatasetConfig).
 
     micro_per_step: processes x gradient accumulation. vae_factor: pixels per latent cell and side. step_default: multiple of bucket sides, in pixels,
     where the config leaves step_size null (None: 8 x vae_factor). token_count: tokens of a prompt without begin and end marks; more than token_limit
-    (75 x tokenizer_repeats) are reported. locate: prompt_template as written -> path. Raises one DataError with all faults.
+    (75 x tokenizer_repeats) are reported. Raises one DataError with all faults.
     """
     faults: list[str] = []
     datasets, notices = [], []
     for name, config in data.items():
-        made = _index(name, config, vae_factor, step_default or 8 * vae_factor, locate, faults, notices)
+        made = _index(name, config, vae_factor, step_default or 8 * vae_factor, faults, notices)
         datasets += [made] if made else []
     if not data:
         faults.append("data: there is no dataset; add one, e.g. data.dataset1")
@@ -45,7 +44,7 @@ def cache_mode(value: bool | str) -> str:
     return {True: "memory", False: "none"}.get(value, value)
 
 
-def _index(name: str, config: Any, factor: int, step_default: int, locate: Callable[[str], str], faults: list[str], notices: list[str]) -> TrainDataset | None:
+def _index(name: str, config: Any, factor: int, step_default: int, faults: list[str], notices: list[str]) -> TrainDataset | None:
     where = f"data.{name}"
     if not config.source:
         faults.append(f"{where}.source: there is no source; add one, e.g. {where}.source.data_source1.img_root")
@@ -54,7 +53,7 @@ def _index(name: str, config: Any, factor: int, step_default: int, locate: Calla
     known_good = decoded_before(config.cache_dir) if mode == "disk" else (lambda path: False)
     for key, source in config.source.items():
         verify = mode == "none" or source.skip_bad_images  # cached images are all decoded while caching, before the first step
-        sources.append(read_source(key, source, f"{where}.source.{key}", faults, locate, verify, known_good))
+        sources.append(read_source(key, source, f"{where}.source.{key}", faults, verify, known_good))
     step = _step_size(config.bucket, where, factor, step_default, faults)
     if len(faults) > before or not sources:
         return None

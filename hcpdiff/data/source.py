@@ -46,11 +46,8 @@ class Source:
         return os.path.join(self.root, self.keys[number])
 
 
-def check_sources(data: Mapping[str, Any], locate: Callable[[str], str] = str) -> list[str]:
-    """Faults of all datasets' sources that show quickly: folders and files missing, captions and templates that do not parse.
-
-    `locate` turns a prompt_template as written into the file's path.
-    """
+def check_sources(data: Mapping[str, Any]) -> list[str]:
+    """Faults of all datasets' sources that show quickly: folders and files missing, captions and templates that do not parse."""
     faults: list[str] = []
     for dataset, config in data.items():
         for name, source in config.source.items():
@@ -60,7 +57,7 @@ def check_sources(data: Mapping[str, Any], locate: Callable[[str], str] = str) -
                 _check_folder(source.att_mask, f"{where}.att_mask", faults)
             faults += check_caption_file(source.caption_file, where)
             if source.prompt_template is not None:
-                load_templates(locate(source.prompt_template), True, source.word_names, where, faults)
+                load_templates(source.prompt_template, True, source.word_names, where, faults)
     return faults
 
 
@@ -76,7 +73,7 @@ def _check_folder(path: str, where: str, faults: list[str]) -> bool:
     return False
 
 
-def read_source(name: str, config: Any, where: str, faults: list[str], locate: Callable[[str], str] = str, verify: bool = False,
+def read_source(name: str, config: Any, where: str, faults: list[str], verify: bool = False,
                 known_good: Callable[[str], bool] = lambda path: False) -> Source | None:
     """Index one source: images by their headers, captions, masks, templates. None if the folder is missing.
 
@@ -89,8 +86,7 @@ def read_source(name: str, config: Any, where: str, faults: list[str], locate: C
     captions = load_captions(config.caption_file, config.img_root, keys, where, faults)
     _caption_faults(captions, config, keys, where, faults)
     has_captions = captions.found > 0
-    template = None if config.prompt_template is None else locate(config.prompt_template)
-    templates = load_templates(template, has_captions, config.word_names, where, faults)
+    templates = load_templates(config.prompt_template, has_captions, config.word_names, where, faults)
     prompter = Prompter(tuple(templates), dict(config.word_names), config.tag_shuffle, config.keep_tokens, config.tag_dropout,
                         config.caption_dropout, config.prompt_dropout)
     notices += captions.notices + word_notices(templates, config.word_names, has_captions)
