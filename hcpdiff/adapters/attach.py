@@ -39,7 +39,7 @@ def attach_lora(model: nn.Module, layers: Mapping[str, Sequence[tuple[LoraTensor
 
 
 def resolve_path(path: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The model's own spelling of a layer path: transformers 5 dropped `text_model.` from CLIPTextModel."""
+    """The model's own spelling of a layer path: transformers 5 dropped `text_model.` from one of its classes."""
     for name in (path, path.removeprefix("text_model."), f"text_model.{path}"):
         if name in modules:
             return name

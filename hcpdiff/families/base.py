@@ -99,6 +99,9 @@ class Family(Protocol):
     def load(self, folder: Path, name: str, parts: Sequence[str], dtype: torch.dtype, vae: str | None = None, variant: str | None = None) -> Models:
         """Reads the named parts, frozen and in eval mode, on the CPU in `dtype` (the VAE in fp32)."""
 
+    def check(self, folder: Path, parts: Sequence[str] = ..., vae: str | None = None) -> None:
+        """ConfigError that names every missing file of the parts."""
+
     def latent_geometry(self, folder: Path) -> tuple[int, int]:
         """(pixels per latent cell and side, latent channels) of a diffusers folder."""
 

@@ -26,8 +26,7 @@ class StableDiffusion:
         """Reads the named parts and the tokenizer, frozen and in eval mode, on the CPU in `dtype` (the VAE in fp32)."""
         from transformers import CLIPTokenizer
 
-        needed = [part for part in parts if not (part == "vae" and vae)]
-        check_complete(folder, [*needed, "tokenizer", "scheduler"])
+        self.check(folder, parts, vae)
         modules = {part: self._load_part(folder, part, dtype, vae, variant) for part in parts}
         for module in modules.values():
             module.requires_grad_(False).eval()
@@ -37,6 +36,11 @@ class StableDiffusion:
             models.extra["latent_scale"] = models.vae.config.scaling_factor
             models.extra["latent_shift"] = getattr(models.vae.config, "shift_factor", None) or 0.0
         return models
+
+    def check(self, folder: Path, parts: Sequence[str] = ("unet", "text_encoder", "vae"), vae: str | None = None) -> None:
+        """ConfigError that names every file of the parts, the tokenizer and the scheduler that is not there."""
+        needed = [part for part in parts if not (part == "vae" and vae)]
+        check_complete(folder, [*needed, "tokenizer", "scheduler"])
 
     def _load_part(self, folder: Path, part: str, dtype: torch.dtype, vae: str | None, variant: str | None) -> torch.nn.Module:
         from diffusers import AutoencoderKL, UNet2DConditionModel

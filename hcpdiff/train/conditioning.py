@@ -23,9 +23,9 @@ class Encoder:
 class FrozenText(Hook):
     """Conditioning from a cache on the CPU that holds an epoch's distinct prompts; what is not there is encoded when asked for."""
 
-    def __init__(self, encode: Encoder, epoch_prompts: Callable[[Sequence], list[str]]):
+    def __init__(self, encode: Encoder, epoch_prompts: Callable[[Sequence], list[str]], device: torch.device):
         self.encode, self.epoch_prompts = encode, epoch_prompts
-        device = next(encode.models.text_encoder.parameters()).device
+        self.device = device
         self.cache = TextCache(self._items, batch_size=1 if device.type == "cpu" else 16)
 
     @torch.no_grad()
@@ -38,5 +38,4 @@ class FrozenText(Hook):
         self.cache.fill(self.epoch_prompts(trainer.state.positions))
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        device = next(self.encode.models.unet.parameters()).device
-        return Conditioning.cat(self.cache.get(list(prompts))).to(device)
+        return Conditioning.cat(self.cache.get(list(prompts))).to(self.device)

@@ -23,9 +23,8 @@ from ..families.source import resolve
 from ..loggers import LoggerGroup
 from ..loss import make_loss
 from ..trainables.lora import LoraTrainable
-from . import report
+from . import folder, report
 from .conditioning import Encoder, FrozenText
-from .folder import claim
 from .hooks import LogHook, PreviewHook, SaveHook, restore
 from .optim import Gradients, lr_factor, optimizer_groups
 from .parallel import Parallel
@@ -53,9 +52,11 @@ class Run:
             self._read_inputs()
             self._load_model()
             self._attach_adapters()
-            self._make_folder()
-            self._cache()
             trainer = self._build_trainer()
+            self._report(trainer.state.step)
+            self._cache()
+            self._make_folder(trainer.state.step)
+            trainer.hooks += self._hooks() if self.parallel.main else []
             trainer.fit()
             self.log.say(f"done: step {trainer.state.step} after {time.monotonic() - self.started:.0f} s, peak memory {machine.peak_memory(self.device)}. "
                          f"Everything is in {self.folder}")
@@ -63,7 +64,7 @@ class Run:
             self.log.close()
         return self.folder
 
-    # -- before the folder: every fault is found here ---------------------------------------------------------------------------------
+    # -- before anything is written: every fault is found here ---------------------------------------------------------------------------------
 
     def _open_loggers(self) -> None:
         if self.parallel.main:
@@ -85,7 +86,7 @@ class Run:
         faults: list[str] = []
         collect(faults, self._find_model)
         collect(faults, lambda: faults.extend(check_target(self.cfg.train.optimizer, "optimizer", "train.optimizer", self.allow)))
-        collect(faults, self._find_resume)
+        collect(faults, self._find_folder)
         collect(faults, self._index_data)
         if faults:
             raise ConfigError(faults)
@@ -94,13 +95,16 @@ class Run:
         model = self.cfg.model
         self.base, notices = resolve(model.pretrained_model_name_or_path, model.revision, model.variant)
         self.family = detect(self.base)
+        self.family.check(self.base, vae=model.vae)
         self.geometry = self.family.latent_geometry(self.base)
         for notice in notices:
             self.log.say(f"note: {notice}")
 
-    def _find_resume(self) -> None:
-        self.resumed = None
-        if self.cfg.train.resume:
+    def _find_folder(self) -> None:
+        self.resumed, self.automatic = None, "exp_dir" in self.loaded.timed
+        if not self.cfg.train.resume:
+            folder.check(self.cfg.exp_dir, self.automatic)
+        else:
             self.folder = find_run(self.cfg.train.resume)
             self.resumed = load_state(self.folder)
 
@@ -137,10 +141,10 @@ class Run:
             self.trainables.append(trainable)
         if faults:
             raise ConfigError(faults)
-        if not self.trainables:
-            raise ConfigError("nothing is trained: lora_unet and lora_text_encoder are both null. Give one of them a list of groups.")
         self._start_from_files()
         for trainable in self.trainables:
+            for lora in trainable.adapters.values():
+                lora.to(self.device)  # the optimizer is made of these, before the frozen weights follow
             if self.cfg.model.gradient_checkpointing:
                 self.family.checkpointing(self.models, trainable.component.name)
                 self.models.modules[trainable.component.name].train()  # the libraries recompute in train mode only; SD has no dropout of its own
@@ -159,26 +163,28 @@ class Run:
 
     # -- the folder and what is made in it --------------------------------------------------------------------------------------------
 
-    def _make_folder(self) -> None:
-        step = self.resumed["step"] if self.resumed else 0
-        self.total_steps = self.cfg.train.train_steps or self.cfg.train.train_epochs * self.data.steps_per_epoch
-        if self.resumed and step >= self.total_steps:
-            raise ConfigError(f"train.resume: {self.folder} has done {step} of {self.total_steps} steps. Raise train.train_epochs or train.train_steps to go on.")
+    def _make_folder(self, step: int) -> None:
         if not self.resumed:
-            path = claim(self.cfg.exp_dir, "exp_dir" in self.loaded.timed) if self.parallel.main else None
+            path = folder.claim(self.cfg.exp_dir, self.automatic) if self.parallel.main else None
             self.folder = Path(self.parallel.share(str(path)))
         if self.parallel.main:
             name = "cfg.yaml" if not self.resumed else f"cfg-resumed-{step}.yaml"
             (self.folder / name).write_text(self.loaded.yaml, encoding="utf-8")
         self.log.open(self.folder, step, self.total_steps)
-        self._report(step)
+        self.log.say(f"run folder: {self.folder}")
+
+    def _length(self) -> int:
+        total = self.cfg.train.train_steps or self.cfg.train.train_epochs * self.data.steps_per_epoch
+        if self.resumed and self.resumed["step"] >= total:
+            raise ConfigError(f"train.resume: {self.folder} has done {self.resumed['step']} of {total} steps. Raise train.train_epochs or train.train_steps to go on.")
+        return total
 
     def _report(self, step: int) -> None:
         cfg, train = self.cfg, self.cfg.train
         batch = sum(data.batch_size for data in cfg.data.values())
         per_step = batch * self.parallel.world * self.accumulation
         self.log.say(report.facts_table("run", {
-            "folder": self.folder, "versions": ", ".join(f"{name} {version}" for name, version in report.versions().items()),
+            "versions": ", ".join(f"{name} {version}" for name, version in report.versions().items()),
             "device": f"{machine.describe(self.device)}; {self.parallel.world} process{'es' if self.parallel.world > 1 else ''}",
             "precision": f"{machine.SHORT[self.dtype]} (LoRA weights fp32), attention {self.attention}",
             "base model": f"{self.models.name} ({self.family.base_version(self.models)}, predicts {self._prediction()})", "seed": cfg.seed,
@@ -232,7 +238,7 @@ class Run:
         return DiscreteObjective(alphas, prediction, train.min_timestep, top)
 
     def _build_trainer(self) -> Trainer:
-        train = self.cfg.train
+        train, self.total_steps = self.cfg.train, self._length()
         groups = [group for trainable in self.trainables for group in trainable.param_groups()]
         step, text = self._step()
         trainer = Trainer(
@@ -242,15 +248,13 @@ class Run:
         trainer.state.positions = self.data.plan.start_of(0)
         if self.resumed:
             restore(trainer, self.trainables, self.resumed, Position)
-        if self.parallel.main:
-            trainer.hooks += self._hooks()
         return trainer
 
     def _step(self) -> tuple[DenoisingStep, FrozenText | None]:
         cfg = self.cfg
         encode = Encoder(self.models, cfg.model.tokenizer_repeats, cfg.model.clip_skip)
         learns_text = any("text" in trainable.touches for trainable in self.trainables)
-        text = None if learns_text else FrozenText(encode, self.data.epoch_prompts)
+        text = None if learns_text else FrozenText(encode, self.data.epoch_prompts, self.device)
         step = DenoisingStep(self.models, self._objective(), make_loss(cfg.train.loss.type, cfg.train.loss.delta), text or encode, self.device, self.dtype,
                              cfg.train.noise_offset, cfg.train.loss.min_snr_gamma)
         return step, text
