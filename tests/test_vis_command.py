@@ -140,3 +140,17 @@ def test_shipped_configs_hold_only_known_keys():
     loaded = load("cfgs/infer/t2i_lora.yaml", ["lora_path=null"], InferConfig)
     assert not loaded.notices and loaded.config.infer_args["num_inference_steps"] == 30
     assert set(yaml.safe_load((ROOT / "cfgs/infer/text2img.yaml").read_text(encoding="utf-8"))) <= set(loaded.plain)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_every_block_of_the_page_is_a_config(language, tmp_path):
+    page = (ROOT / "docs" / language / "user_guides" / "infer.md").read_text(encoding="utf-8")
+    blocks = [block.split("```")[0] for block in page.split("```yaml\n")[1:]]
+    assert len(blocks) == 3
+    for n, block in enumerate(blocks):
+        (tmp_path / f"{n}.yaml").write_text(block if "_base_" in block else "_base_: cfgs/infer/text2img.yaml\n" + block, encoding="utf-8")
+        loaded = load(str(tmp_path / f"{n}.yaml"), ["lora_path=null"], InferConfig)
+        assert not loaded.notices
+    for name in ("bs", "clip_skip", "dtype", "emb_dir", "infer_args", "lora_alpha", "lora_alpha_TE", "lora_dir", "lora_path", "lora_path_TE", "merge", "N_repeats", "neg_prompt",
+                 "new_components", "num", "offload", "out_dir", "prompt", "prompt_file", "prompt_syntax", "seed", "save.settings", "save.image_type", "vae_optimize.tiling"):
+        assert f"{name}" in page, name
