@@ -170,3 +170,19 @@ def test_schedule_free_optimizers_show_their_other_weights(monkeypatch):
     with weights_for_use(optimizer):
         calls.append("use")
     assert calls == ["eval", "use", "train"]
+
+
+def test_the_probe_changes_nothing():
+    from test_step_reference import Setup
+
+    from hcpdiff.train.probe import probe
+
+    setup = Setup(dtype=torch.float32)
+    groups = setup.trainable.param_groups()
+    before = {path: (lora.down.detach().clone(), lora.up.detach().clone()) for path, lora in setup.trainable.adapters.items()}
+    trainer, _ = toy()
+    trainer.gradients, trainer.loss = Gradients(groups, torch.device("cpu")), setup.step.loss
+    random = torch.get_rng_state()
+    assert "largest batch (3 x 64 x 64) fits" in probe(trainer, (3, 64, 64), (8, 4))
+    assert trainer.gradients.flat.abs().sum() == 0 and torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(lora.down, before[path][0]) and torch.equal(lora.up, before[path][1]) for path, lora in setup.trainable.adapters.items())

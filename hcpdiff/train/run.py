@@ -25,9 +25,11 @@ from ..loss import make_loss
 from ..trainables.lora import LoraTrainable
 from . import folder, report
 from .conditioning import Encoder, FrozenText
-from .hooks import LogHook, PreviewHook, SaveHook, restore
+from .hooks import LogHook, PreviewHook, SaveHook
 from .optim import Gradients, lr_factor, optimizer_groups
 from .parallel import Parallel
+from .probe import probe
+from .state import restore
 from .step import DenoisingStep
 from .trainer import Trainer
 
@@ -57,6 +59,8 @@ class Run:
             self._cache()
             self._make_folder(trainer.state.step)
             trainer.hooks += self._hooks() if self.parallel.main else []
+            if self.device.type != "cpu":
+                self.log.say(probe(trainer, self.data.largest_batch(), self.geometry))
             trainer.fit()
             self.log.say(f"done: step {trainer.state.step} after {time.monotonic() - self.started:.0f} s, peak memory {machine.peak_memory(self.device)}. "
                          f"Everything is in {self.folder}")

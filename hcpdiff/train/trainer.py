@@ -100,7 +100,7 @@ class Trainer:
         lrs = set_lr(self.optimizer, self.lr_factor(self.state.step))
         self.gradients.clear()
         for batch in micro:
-            self._backward(batch)
+            self.backward(batch)
         self.parallel.sum_(self.gradients.flat)
         if self.loss_scale.active:
             self.gradients.values.div_(self.loss_scale.value)
@@ -112,7 +112,8 @@ class Trainer:
         self._count(finite)
         self.records.append(StepRecord(self.state.step + 1, loss, norm, lrs))
 
-    def _backward(self, batch) -> None:
+    def backward(self, batch) -> None:
+        """Adds one micro-batch's gradients and loss to the buffer."""
         try:
             loss = self.loss(batch)
             (loss * self.loss_scale.value).backward()
