@@ -62,6 +62,7 @@ def test_a_tab_in_a_path_is_told_from_a_missing_folder(tmp_path):
 
 
 def test_single_quotes_of_cmd_exe_are_recognised(tmp_path):
+    assert "cmd.exe" in faults(tmp_path, "exp_dir='exps/mine'")[0]
     assert "cmd.exe" in faults(tmp_path, "model.pretrained_model_name_or_path='some/model'")[0]
 
 

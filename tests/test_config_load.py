@@ -182,6 +182,11 @@ def test_free_keys_are_fine_when_something_reads_them(tmp_path):
     assert faults(tmp_path, "lora_unet.0.lr=1") == [], "the reader of unet_lr was replaced"
 
 
+def test_interpolated_numbers_of_an_evaluation_keep_their_sign(tmp_path):
+    assert small(tmp_path, more="a: -2\nseed: $<hcp.eval:${a}**2>\n").config.seed == 4
+    assert "needs numbers" in faults(tmp_path, more="a: cat\nseed: ${hcp.eval:'${a}*2'}\n")[0]
+
+
 def test_relative_and_indirect_interpolations(tmp_path):
     more = "name: width\nlora_text_encoder: [{lr: 1, rank: 8, alpha: '${.rank}', layers: [a]}]\npreview: {width: 64, height: '${preview.${name}}', every: '${..seed}'}\n"
     config = small(tmp_path, more=more).config

@@ -80,6 +80,8 @@ def path_fault(leaf: Leaf, carried: dict[tuple, Path]) -> str:
     if CONTROL.search(text):
         shown = CONTROL.search(text)[0]
         return f"holds the control character {shown!r}: in YAML's double quotes a backslash starts an escape. Use single quotes, or / in paths"
+    if text.startswith("'") and not os.path.exists(text) and not key.exists:
+        return f"has quotes in it. {QUOTED}"
     fault = _existence(leaf, carried) if key.exists else "" if text else "is empty: name a path" + (" or write null" if leaf.shape.nullable else "")
     return f"{fault}. {QUOTED}" if fault and text.startswith("'") else fault
 
