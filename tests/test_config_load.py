@@ -61,6 +61,12 @@ def test_words_stay_words_and_numbers_numbers(tmp_path):
     assert loaded.config.train.optimizer == optimizer
 
 
+def test_keys_of_several_kinds_take_each(tmp_path):
+    config = small(tmp_path, "data.dataset1.cache_latents=true", "train.workers=2", "train.cpu_threads=auto").config
+    assert (config.data["dataset1"].cache_latents, config.train.workers, config.train.cpu_threads) == (True, 2, "auto")
+    assert small(tmp_path, "data.dataset1.cache_latents=none").config.data["dataset1"].cache_latents == "none"
+
+
 @pytest.mark.parametrize("word", ["no", "on", "yes", "1", "'true'"])
 def test_only_true_and_false_are_booleans(tmp_path, word):
     assert "true or false" in faults(tmp_path, f"train.scale_lr={word}")[0]
