@@ -40,7 +40,6 @@ class Run:
     def __init__(self, loaded: Loaded[RunConfig], parallel: Parallel, allow: Sequence[str] = ()):
         self.loaded, self.cfg, self.parallel, self.allow = loaded, loaded.config, parallel, allow
         self.device, self.started = parallel.device, time.monotonic()
-        self.said = self.started
         self.dtype = machine.compute_dtype(self.cfg.mixed_precision, self.device)
         self.accumulation = self.cfg.train.gradient_accumulation_steps
         self.geometry = (8, 4)  # of every usual model; only faults of the data depend on it before the model is found
@@ -132,7 +131,8 @@ class Run:
         try:
             return machine.set_attention(self.models.unet, self.cfg.model.attention)
         except (ModuleNotFoundError, ValueError) as error:  # what diffusers raises without xformers, or without a GPU for it
-            raise ConfigError(f"model.attention = {self.cfg.model.attention!r} cannot be used here: {error}. Use auto.") from error
+            why = "xformers is not installed (pip install xformers)" if isinstance(error, ModuleNotFoundError) else str(error)
+            raise ConfigError(f"model.attention = {self.cfg.model.attention!r} cannot be used here: {why}. auto takes torch's own kernel, which needs no package.") from error
 
     def _attach_adapters(self) -> None:
         self.trainables, faults = [], []
@@ -203,6 +203,7 @@ class Run:
 
     def _cache(self) -> None:
         """Models to the device; latents are encoded once; what is not needed any more is let go."""
+        self.said = time.monotonic()
         self.models.vae.to(self.device)
         exchange = self.parallel.gather if self.parallel.world > 1 else None
         self.data.cache_latents(self._encode_latents, fingerprint(self.models.vae, whole=True), self.parallel.rank, self.parallel.world, exchange, self._caching)
@@ -270,6 +271,8 @@ class Run:
         optimizer = build(self.cfg.train.optimizer, "optimizer", "train.optimizer", self.allow, params=optimizer_groups(groups, scale))
         for group, own in zip(optimizer.param_groups, groups):
             group["initial_lr"] = own.lr * scale  # some optimizers overwrite it
+        if callable(getattr(optimizer, "train", None)):
+            optimizer.train()  # schedule-free ones are made in neither mode
         return optimizer
 
     def _hooks(self) -> list:
