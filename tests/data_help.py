@@ -1,5 +1,6 @@
 """Pictures, folders and settings for the tests of the data."""
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,15 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes whose header claims 20,000 x 20,000 pixels."""
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
+
+    head = (20000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def folder_of(root: Path, names: dict[str, tuple[int, int]] | int, captions: bool = False) -> Path:

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from data_help import picture
+from data_help import bomb, picture
 from PIL import Image
 
 from hcpdiff.data.image import READ_FAULTS, View, crop_box, crop_offset, decode, decode_mask, fit, fit_mask, has_slack, read_header, verify
@@ -108,8 +108,25 @@ def test_truncation_is_found_by_verify_and_by_decode(form):
             work(io.BytesIO(raw[:len(raw) * 2 // 3]))
 
 
+@pytest.mark.parametrize("form, options", [("PNG", {}), ("JPEG", {}), ("JPEG", {"progressive": True}), ("WEBP", {}), ("WEBP", {"lossless": True}), ("GIF", {}), ("BMP", {}), ("AVIF", {})])
+def test_the_quick_check_finds_what_decoding_would_find_wherever_a_file_is_cut(form, options):
+    rng = np.random.default_rng(0)
+    raw = stored(Image.fromarray(rng.integers(0, 255, (48, 40, 3), dtype=np.uint8)), form, **options).read()
+
+    def works(work, cut):
+        try:
+            work(io.BytesIO(raw[:len(raw) - cut]))
+        except READ_FAULTS:
+            return False
+        return True
+
+    cuts = [0, *range(1, 30, 3), *(len(raw) * part // 10 for part in range(1, 10))]
+    found = [works(verify, cut) for cut in cuts]
+    assert found == [works(decode, cut) for cut in cuts] and found[0] and not any(found[-9:])
+
+
 def test_a_decompression_bomb_is_refused_by_its_header(tmp_path):
-    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+    (tmp_path / "bomb.png").write_bytes(bomb())
     with pytest.raises(Image.DecompressionBombError):
         read_header(tmp_path / "bomb.png")
 

@@ -108,3 +108,8 @@ def test_caption_dropout_keeps_the_trigger_word_and_prompt_dropout_nothing():
     share = {text: prompts.count(text) / 400 for text in set(prompts)}
     assert set(share) == {"", "pt-cat1", "pt-cat1, a cat"}
     assert share[""] == pytest.approx(0.25, abs=0.07) and share["pt-cat1"] == pytest.approx(0.375, abs=0.07)
+
+
+def test_the_longest_prompt_is_that_of_the_wordiest_template_with_a_caption():
+    templates = tuple(map(parse, ("{caption}", "a very long line of words without it", "a photo of {pt1}, {caption}")))
+    assert Prompter(templates, WORDS, prompt_dropout=1.0, tag_dropout=1.0).longest("x, y") == "a photo of pt-cat1, x, y"

@@ -5,6 +5,7 @@ mtime is seen too; a file touched less than two seconds before it was hashed is 
 tick of the clock. Windows has no such ctime: there every file is hashed at each start.
 """
 
+import contextlib
 import hashlib
 import os
 import struct
@@ -95,7 +96,8 @@ class HashMemo:
         self._new = {}
         records = np.array([(name, *state, digest) for name, (state, digest) in self._known.items()], dtype=_RECORD)
         body = records.tobytes()
-        write_whole(self.path, _HEAD.pack(_MAGIC, len(records), hashlib.blake2b(body, digest_size=32).digest()) + body)
+        with contextlib.suppress(PermissionError):  # Windows: another process reads the file just now; it will hash again
+            write_whole(self.path, _HEAD.pack(_MAGIC, len(records), hashlib.blake2b(body, digest_size=32).digest()) + body)
 
 
 def _name(path: str | Path) -> bytes:

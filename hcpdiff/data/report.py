@@ -74,14 +74,14 @@ def first_prompts(data: "TrainData", count: int = _PROMPTS) -> list[tuple[str, s
 
 
 def too_long(data: "TrainData") -> list[tuple[str, int]]:
-    """(image, tokens) of every image whose prompt, without dropouts, has more tokens than the model reads."""
+    """(image, tokens) of every image whose longest prompt has more tokens than the model reads."""
     if data.token_count is None:
         return []
     found = []
     for dataset in data.datasets:
         for source in dataset.sources:
             for key, caption in zip(source.keys, source.captions.texts):
-                prompt = source.prompter.prompt(caption, None)
+                prompt = source.prompter.longest(caption)
                 if len(prompt.encode("utf-8")) > data.token_limit:  # a token is at least one byte, so shorter ones need no counting
                     tokens = data.token_count(prompt)
                     found += [(f"{source.name}/{shown(key)}", tokens)] if tokens > data.token_limit else []

@@ -138,6 +138,11 @@ class Prompter:
             keep = max(0, keep - whole_tag)
         return template.render(self._tags(text, keep, rng), self.words)
 
+    def longest(self, caption: str | None) -> str:
+        """The prompt by the wordiest template, nothing dropped."""
+        wordiest = max(self.templates, key=lambda template: len(template.render("", self.words)) + 10**6 * ("caption" in template.fields))
+        return Prompter((wordiest,), self.words).prompt(caption, None)
+
     def _tags(self, text: str, keep: int, rng: Any) -> str:
         if rng is None or not (self.tag_shuffle or self.tag_dropout):
             return text
