@@ -49,8 +49,11 @@ class ConsoleLogger(Logger):
         self.console.print(renderable, markup=False, highlight=False) if isinstance(renderable, str) else self.console.print(renderable)
 
     def advance(self, step: int) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, completed=step)
+        if self.bar is None:
+            return
+        self.bar.update(self.task, completed=step)
+        if step == self.total:  # what is said from here on stands below the bar
+            self.close()
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         line = progress_line(step, self.total, values)
