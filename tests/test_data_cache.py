@@ -281,3 +281,19 @@ def test_the_memo_survives_a_stranger_and_is_bounded_by_what_was_hashed(tmp_path
     memo.save()
     assert hashes.HashMemo(tmp_path / "h").digest(tmp_path / "x") is None  # the file looks different from what was remembered
     assert np.frombuffer(content.digest, np.uint8).size == 32
+
+
+def test_of_several_entries_of_one_key_the_newest_whole_one_is_served(tmp_path):
+    folder = PackFolder(tmp_path / "p")
+    key = b"k" * 32
+    for payload in (b"oldest", b"middle", b"newest"):
+        with PackWriter(folder) as writer:
+            writer.add(key, payload)
+    packs = sorted((tmp_path / "p").glob("*.pack"))
+    for pack, expected in ((None, b"newest"), (packs[2], b"middle"), (packs[1], b"oldest"), (packs[0], None)):
+        if pack:
+            spoil_byte(pack)
+        reader = PackFolder(tmp_path / "p")
+        assert reader.get(key) == expected and (key in reader) == (expected is not None)
+        reader.refresh()
+        assert reader.get(key) == expected

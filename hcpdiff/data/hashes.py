@@ -89,12 +89,12 @@ class HashMemo:
             self._new[_name(path)] = (content.state, content.digest)
 
     def save(self) -> None:
-        """Write what is new, beside what other processes have written meanwhile."""
-        if not self._new:
+        """Write what is new, beside what other processes have written meanwhile; then forget all, for memory's sake."""
+        known, new = self._load() if self._new else {}, self._new
+        self._known, self._new = {}, {}
+        if not new:
             return
-        self._known = {**self._load(), **self._new}
-        self._new = {}
-        records = np.array([(name, *state, digest) for name, (state, digest) in self._known.items()], dtype=_RECORD)
+        records = np.array([(name, *state, digest) for name, (state, digest) in {**known, **new}.items()], dtype=_RECORD)
         body = records.tobytes()
         with contextlib.suppress(PermissionError):  # Windows: another process reads the file just now; it will hash again
             write_whole(self.path, _HEAD.pack(_MAGIC, len(records), hashlib.blake2b(body, digest_size=32).digest()) + body)

@@ -12,7 +12,7 @@ import secrets
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -33,30 +33,31 @@ def payload_digest(payload: bytes) -> bytes:
 
 
 class PackFolder:
-    """The entries of a folder's packs. Reading is safe in threads, and beside any number of writing processes."""
+    """The entries of a folder's packs. Reading is safe in threads, and beside any number of writing processes. Some 75 bytes of memory an entry."""
 
     def __init__(self, folder: str | Path, only: str = "*.idx"):
         self.folder, self._pattern = Path(folder), only
         self.foreign: list[str] = []  # indexes that are damaged or of another format
-        self._where: dict[bytes, tuple[str, int, int, bytes]] = {}  # key -> pack, offset, length, digest
+        self._table = _Table()
         self._read: set[str] = set()
         self._used: set[str] = set()
         self._lock = threading.Lock()
         self.refresh()
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self.keys())
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._where
+        return self._table.find(key) is not None
 
     def keys(self) -> list[bytes]:
-        """Keys of all entries."""
-        return list(self._where)
+        """Keys of all entries, each once."""
+        return list(dict.fromkeys(bytes(key) for key in self._table.records["key"][self._table.alive].tolist()))
 
     def refresh(self) -> None:
         """Take in packs that have appeared since."""
         with self._lock:
+            fresh = []
             for path in sorted(self.folder.glob(self._pattern)):  # names begin with their time: newer ones come later and win
                 if path.name not in self._read:
                     self._read.add(path.name)
@@ -64,37 +65,67 @@ class PackFolder:
                     if records is None:
                         self.foreign.append(path.name)
                     else:
-                        self._add(path.stem + ".pack", records)
-
-    def _add(self, pack: str, records: np.ndarray) -> None:
-        columns = (records["key"].tolist(), records["offset"].tolist(), records["length"].tolist(), records["digest"].tolist())
-        self._where.update({bytes(key): (pack, offset, length, bytes(digest)) for key, offset, length, digest in zip(*columns)})
+                        fresh.append((path.stem + ".pack", records))
+            if fresh:
+                self._table = self._table.with_packs(fresh)
 
     def get(self, key: bytes) -> bytes | None:
-        """An entry's payload; None if it is not there or damaged (then it counts as not there from now on)."""
-        place = self._where.get(key)
-        if place is None:
-            return None
-        pack, offset, length, digest = place
-        try:  # plain reads: a mapped file that is cut short under us would kill the process
-            with open(self.folder / pack, "rb") as file:
-                file.seek(offset)
-                payload = file.read(length)
-        except OSError:
-            payload = b""
-        if len(payload) != length or payload_digest(payload) != digest:
-            with self._lock:
-                if self._where.get(key) == place:
-                    del self._where[key]
-            return None
-        self._used.add(pack)
-        return payload
+        """An entry's payload, from the newest pack that holds it whole; None if there is none."""
+        while (place := self._table.find(key)) is not None:
+            pack, record = place
+            try:  # plain reads: a mapped file that is cut short under us would kill the process
+                with open(self.folder / pack, "rb") as file:
+                    file.seek(int(record["offset"]))
+                    payload = file.read(int(record["length"]))
+            except OSError:
+                payload = b""
+            if len(payload) == record["length"] and payload_digest(payload) == bytes(record["digest"]):
+                self._used.add(pack)
+                return payload
+            with self._lock:  # damaged: from now on it counts as not there
+                self._table.forget(pack, record)
+        return None
 
     def touch_used(self) -> None:
         """Note on the files that they are in use, for prune."""
         for pack in self._used:
             touch(self.folder / pack)
         self._used.clear()
+
+
+class _Table:
+    """Records of all packs, sorted by the first 8 bytes of their keys; among equal keys the newest is last. Never changed but for `alive`."""
+
+    def __init__(self, records: np.ndarray | None = None, pack: np.ndarray | None = None, packs: Sequence[str] = (), alive: np.ndarray | None = None):
+        self.records = np.zeros(0, _RECORD) if records is None else records
+        self.pack = np.zeros(0, np.uint32) if pack is None else pack  # number of each record's pack
+        self.packs = list(packs)
+        self.alive = np.ones(len(self.records), bool) if alive is None else alive
+        self.starts = np.frombuffer(self.records["key"].tobytes(), dtype="<u8")[::4].copy()
+
+    def with_packs(self, fresh: Sequence[tuple[str, np.ndarray]]) -> "_Table":
+        """This table and newer packs."""
+        numbers = [np.full(len(records), len(self.packs) + n, np.uint32) for n, (_, records) in enumerate(fresh)]
+        records = np.concatenate([self.records, *(records for _, records in fresh)])
+        alive = np.concatenate([self.alive, np.ones(len(records) - len(self.alive), bool)])
+        order = np.argsort(np.frombuffer(records["key"].tobytes(), dtype="<u8")[::4], kind="stable")
+        return _Table(records[order], np.concatenate([self.pack, *numbers])[order], [*self.packs, *(name for name, _ in fresh)], alive[order])
+
+    def _rows(self, key: bytes) -> Iterator[int]:
+        """Rows of a key, the newest first, without those forgotten."""
+        start = np.frombuffer(key, dtype="<u8", count=1)[0]
+        low, high = np.searchsorted(self.starts, start, "left"), np.searchsorted(self.starts, start, "right")
+        return (row for row in range(int(high) - 1, int(low) - 1, -1) if self.alive[row] and bytes(self.records["key"][row]) == key)
+
+    def find(self, key: bytes) -> tuple[str, np.void] | None:
+        """(pack, record) of the newest entry of that key."""
+        return next(((self.packs[self.pack[row]], self.records[row]) for row in self._rows(key)), None)
+
+    def forget(self, pack: str, record: np.void) -> None:
+        """Never find that entry again."""
+        for row in self._rows(bytes(record["key"])):
+            if self.packs[self.pack[row]] == pack and self.records["offset"][row] == record["offset"]:
+                self.alive[row] = False
 
 
 def touch(path: Path) -> None:
