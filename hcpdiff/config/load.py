@@ -215,6 +215,7 @@ def _set_by(tree: Map) -> Callable[[str], int]:
     layers = copy(tree)
 
     def set_by(key: str) -> int:
+        """The layer of a dotted key."""
         node = node_at(layers, key)
         return -1 if node is None else origin_of(node).layer
 
