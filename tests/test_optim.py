@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hcpdiff.config.schema import SchedulerConfig
-from hcpdiff.train.optim import Gradients, lr_factor, optimizer_groups, set_lr
+from hcpdiff.train.optim import Gradients, lr_factor, optimizer_groups, set_lr, simulated_factor
 from hcpdiff.trainables.lora import ParamGroup
 
 
@@ -78,3 +78,16 @@ def test_groups_keep_their_own_rate():
     groups = [ParamGroup(f"g{i}", 10.0**-i, tuple(layer.parameters())) for i, layer in enumerate(layers)]
     optimizer = torch.optim.AdamW(optimizer_groups(groups, 2.0))
     assert set_lr(optimizer, 0.5) == [1.0, 0.1] and [g["name"] for g in optimizer.param_groups] == ["g0", "g1"]
+
+
+def test_a_torch_scheduler_gives_the_factors_that_it_gives_torch():
+    for make in (lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 7), lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1.0, total_steps=20)):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
+        schedule, expected = make(optimizer), []
+        for _ in range(20):
+            expected.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        ours = simulated_factor(make, 20)
+        assert [ours(step) for step in range(20)] == pytest.approx(expected)
+        assert ours(17) == ours(17) and ours(99) == ours(19)

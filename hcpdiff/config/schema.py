@@ -124,6 +124,10 @@ class TrainConfig:
     optimizer: dict = key({"_target_": "torch.optim.AdamW", "weight_decay": 0.01}, "The optimizer, by _target_; parameters and lr are filled in.",
                           "优化器（_target_）；参数与学习率自动填入。", slot="optimizer")
     scheduler: SchedulerConfig = key(SchedulerConfig, "Learning-rate schedule.", "学习率调度。")
+    lr_scheduler: dict | None = key(None, "A torch LR scheduler by _target_ in the place of scheduler, stepped once per optimizer step on a rate of 1: what it gives is "
+                                    "the factor on each group's lr (so OneCycleLR takes max_lr: 1).",
+                                    "用 _target_ 指定的 torch 学习率调度器，代替 scheduler；它在学习率 1 上每步更新一次，结果作为各组 lr 的倍数（例如 OneCycleLR 写 max_lr: 1）。",
+                                    slot="lr_scheduler")
     loss: LossConfig = key(LossConfig, "The loss.", "损失函数。")
 
     def check(self) -> Iterator[str]:

@@ -56,6 +56,17 @@ def _one_cycle(total: int, rise: int, floor: float) -> Callable[[int], float]:
     return factor
 
 
+def simulated_factor(make: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler], total: int) -> Callable[[int], float]:
+    """The factor that a torch scheduler gives at each step of a run, found by stepping it on a rate of 1; so a resumed run needs no state of it."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
+    schedule, factors = make(optimizer), []
+    for _ in range(total):
+        factors.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        schedule.step()
+    return lambda step: factors[min(step, total - 1)]
+
+
 class Gradients:
     """Every gradient as a view of one flat fp32 buffer, so that reduction, norm, clipping and clearing are one operation each.
 

@@ -26,7 +26,7 @@ from ..trainables.lora import LoraTrainable
 from . import folder, report
 from .conditioning import Encoder, FrozenText
 from .hooks import LogHook, PreviewHook, SaveHook
-from .optim import Gradients, lr_factor, optimizer_groups
+from .optim import Gradients, lr_factor, optimizer_groups, simulated_factor
 from .parallel import Parallel
 from .probe import probe
 from .state import restore
@@ -89,6 +89,8 @@ class Run:
         faults: list[str] = []
         collect(faults, self._find_model)
         collect(faults, lambda: faults.extend(check_target(self.cfg.train.optimizer, "optimizer", "train.optimizer", self.allow)))
+        if self.cfg.train.lr_scheduler:
+            collect(faults, lambda: faults.extend(check_target(self.cfg.train.lr_scheduler, "lr_scheduler", "train.lr_scheduler", self.allow)))
         collect(faults, self._find_folder)
         collect(faults, self._index_data)
         if faults:
@@ -194,7 +196,7 @@ class Run:
             "base model": f"{self.models.name} ({self.family.base_version(self.models)}, predicts {self._prediction()})", "seed": cfg.seed,
             "images per step": f"{per_step} (batch {batch}, processes {self.parallel.world}, accumulation {self.accumulation})",
             "length": f"{self.total_steps} steps, {self.data.steps_per_epoch} an epoch" + (f"; resumed after step {step}" if step else ""),
-            "optimizer": f"{train.optimizer['_target_']}, {train.scheduler.name}",
+            "optimizer": f"{train.optimizer['_target_']}, {train.lr_scheduler['_target_'] if train.lr_scheduler else train.scheduler.name}",
         }))
         self.log.say(report.layers_table(self.trainables))
         self.data.token_count = lambda prompt: self.family.count_tokens(self.models, prompt)
@@ -247,7 +249,7 @@ class Run:
         groups = [group for trainable in self.trainables for group in trainable.param_groups()]
         step, text = self._step()
         trainer = Trainer(
-            feed=self.data, loss=step.loss, gradients=Gradients(groups, self.device), optimizer=self._optimizer(groups), lr_factor=lr_factor(train.scheduler, self.total_steps),
+            feed=self.data, loss=step.loss, gradients=Gradients(groups, self.device), optimizer=self._optimizer(groups), lr_factor=self._lr_factor(),
             parallel=self.parallel, hooks=[text] if text else [], total_steps=self.total_steps, max_grad_norm=train.max_grad_norm,
             max_nonfinite=train.max_nonfinite, fp16=self.dtype == torch.float16)
         trainer.state.positions = self.data.plan.start_of(0)
@@ -274,6 +276,12 @@ class Run:
         if callable(getattr(optimizer, "train", None)):
             optimizer.train()  # schedule-free ones are made in neither mode
         return optimizer
+
+    def _lr_factor(self) -> Callable[[int], float]:
+        spec = self.cfg.train.lr_scheduler
+        if spec is None:
+            return lr_factor(self.cfg.train.scheduler, self.total_steps)
+        return simulated_factor(lambda optimizer: build(spec, "lr_scheduler", "train.lr_scheduler", self.allow, optimizer=optimizer), self.total_steps)
 
     def _hooks(self) -> list:
         train = self.cfg.train
