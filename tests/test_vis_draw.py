@@ -131,7 +131,8 @@ def test_picture_with_lora_equals_diffusers_with_the_converted_file(ours, base, 
 
 
 def test_strength_zero_is_the_base_model_bit_for_bit(ours, lora):
-    assert np.array_equal(ours(lora_path=str(lora[0]), lora_alpha=0)[0], ours()[0])
+    for dtype in ("fp32", "bf16"):
+        assert np.array_equal(ours(lora_path=str(lora[0]), lora_alpha=0, dtype=dtype)[0], ours(dtype=dtype)[0])
 
 
 def test_picture_does_not_depend_on_its_batch(ours):
@@ -287,6 +288,12 @@ def test_faults_of_the_second_stage_come_together(ours, tmp_path):
         assert part in str(error.value)
     with pytest.raises(ConfigError, match="PNDMScheduler cannot be run with"):
         ours(infer_args={"timesteps": [3, 2, 1]})
+    with pytest.raises(ConfigError, match="FlowMatchEulerDiscreteScheduler is for another kind"):
+        ours(new_components={"scheduler": {"_target_": "diffusers.FlowMatchEulerDiscreteScheduler"}})
+    with pytest.raises(ConfigError, match="trained on 1000 steps"):
+        ours(infer_args={"num_inference_steps": 1001})
+    with pytest.raises(ConfigError, match="attention = 'xformers' cannot be used"):
+        ours(attention="xformers")
     with pytest.raises(ConfigError, match="clip_skip = 3; this text encoder has 3 layers"):
         ours(clip_skip=3)
     with pytest.raises((ConfigError, CheckpointError), match="pretrained_model = "):

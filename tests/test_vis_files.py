@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from hcpdiff.config.infer_schema import InferConfig, MergeItem
+from hcpdiff.config.load import load
 from hcpdiff.errors import ConfigError
 from hcpdiff.vis import request, save
 from hcpdiff.vis.lora_files import Finder
@@ -143,6 +144,12 @@ def test_settings_inside_a_picture_are_read_back(tmp_path, kind, suffix):
     assert path.with_suffix(".yaml").read_text(encoding="utf-8") == SETTINGS.beside
 
 
+def test_webp_of_quality_100_is_lossless(tmp_path):
+    noise = Image.frombytes("RGB", (16, 16), bytes(range(256)) * 3)
+    path = save.save(noise, tmp_path, 1, SETTINGS, "webp", 100)
+    assert Image.open(path).convert("RGB").tobytes() == noise.tobytes()
+
+
 def test_settings_go_where_they_are_asked(tmp_path):
     for n, where in enumerate(("inside", "beside", "none")):
         path = save.save(Image.new("RGB", (8, 8)), tmp_path, 1, SETTINGS, where=where)
@@ -160,9 +167,10 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path):
 
 def test_folder_that_cannot_be_written_is_a_users_mistake(tmp_path):
     touch(tmp_path, "file")
-    assert "out_dir" in save.check_folder(tmp_path / "file" / "out")[0]
+    assert save.check_folder(tmp_path / "file" / "out")[0].endswith(f"{tmp_path / 'file'} is no folder.")
+    assert save.check_folder(tmp_path / "new" / "out") == [] and not (tmp_path / "new").exists()  # trying leaves nothing
     with pytest.raises(ConfigError, match="cannot be written"):
-        save.save(Image.new("RGB", (8, 8)), tmp_path / "gone", 1, SETTINGS)
+        save.save(Image.new("RGB", (8, 8)), tmp_path / "file" / "out", 1, SETTINGS)
 
 
 def test_settings_tell_the_picture_and_no_local_path(tmp_path, ckpts):
@@ -174,3 +182,15 @@ def test_settings_tell_the_picture_and_no_local_path(tmp_path, ckpts):
                          "Seed: 1, Size: 64x96, Model: model, Clip skip: 2, Version: hcpdiff " + told.inside["version"])
     assert str(tmp_path) not in json.dumps(told.inside) and str(tmp_path) in told.beside
     assert no_paths({"a": ["org/name", "C:\\x\\y.vae", 3]}) == {"a": ["org/name", "y.vae", 3]}
+
+
+@pytest.mark.parametrize("prompt", ["a ${5} ${seed}", "$<x> \\{a\\} {b:1.2}", "null", "007", "a: b # c", "猫, 'x' \"y\"", " two  spaces ", "[a, b]", "line\nline"])
+def test_config_beside_a_picture_means_the_same(tmp_path, prompt, ckpts):
+    cfg = config(tmp_path, prompt=["x", prompt], lora_path=str(ckpts.parent), merge=[MergeItem(path=str(ckpts / "unet-9.safetensors"), alpha=0.5)])
+    made = request.read(cfg)
+    facts = Facts("model", "sd_v1", 64, 96, 25, 7.5, "DDIMScheduler", {}, "fp32")
+    (tmp_path / "again.yaml").write_text(describe(made, made.pictures[-1], facts).beside, encoding="utf-8")
+    again = request.read(load(str(tmp_path / "again.yaml"), [], InferConfig).config)
+    assert (again.texts, again.neg_texts, [p.seed for p in again.pictures]) == ((prompt,), ("",), [1])
+    assert [(s.path, s.path_TE, s.strength) for s in again.loras] == [(s.path, s.path_TE, s.strength) for s in made.loras]
+    assert again.cfg.infer_args == {"num_inference_steps": 25, "guidance_scale": 7.5, "width": 64, "height": 96}

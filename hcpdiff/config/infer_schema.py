@@ -55,7 +55,7 @@ class SaveConfig:
 
     REMOVED: ClassVar = {"save_cfg": "was removed; use save.settings (both, inside, beside, none).", "out_dir": "is the top-level key out_dir."}
     image_type: Literal["png", "webp", "jpg", "jpeg"] = key("png", "Image format.", "图片格式。")
-    quality: int = key(95, "Quality of jpg and webp.", "jpg 与 webp 的质量。", ge=1, le=100)
+    quality: int = key(95, "Quality of jpg and webp; webp at 100 is lossless.", "jpg 与 webp 的质量；webp 为 100 时无损。", ge=1, le=100)
     settings: Literal["both", "inside", "beside", "none"] = key(
         "both", "Where the settings of a picture go: inside it (as text that webui reads, and as JSON without local paths), beside it (a .yaml that --cfg "
         "takes to draw the same picture again), both, or none.",

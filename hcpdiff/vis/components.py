@@ -8,6 +8,7 @@ from ..errors import ConfigError, HCPError
 from ..families.source import load_whole
 
 LOADER = ".from_pretrained"
+EXAMPLES = ("DDIMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler", "UniPCMultistepScheduler")
 SOURCE_ARGUMENT = "pretrained_model_name_or_path"
 
 
@@ -41,12 +42,19 @@ def build_scheduler(spec: Mapping, base, allow: Sequence[str]):
     """
     where = "new_components.scheduler"
     if str(spec["_target_"]).rsplit(".", 1)[-1] in ("from_pretrained", "from_config"):
-        return build(spec, "scheduler", where, allow)
+        return diffusing(build(spec, "scheduler", where, allow), where)
     kind = locate(spec["_target_"])
     takes = kind._get_init_keys(kind)
     own = set(base.config.get("_use_default_values", ()))
     inherited = {name: value for name, value in base.config.items() if name in takes and name not in own and value is not None}
-    return build({**inherited, **spec}, "scheduler", where, allow)
+    return diffusing(build({**inherited, **spec}, "scheduler", where, allow), where)
+
+
+def diffusing(scheduler, where: str):
+    """The sampler, refused where it is for another kind of model (flow matching)."""
+    if not hasattr(scheduler, "init_noise_sigma"):
+        raise ConfigError(f"{where}: {type(scheduler).__name__} is for another kind of model; this one takes {', '.join(sorted(EXAMPLES))} …")
+    return scheduler
 
 
 def build_part(name: str, spec: Mapping, allow: Sequence[str]):

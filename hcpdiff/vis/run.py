@@ -83,7 +83,7 @@ def prepare(request: Request, allow: Sequence[str], say: Callable[[str], None]) 
     version = family.base_version(models)
     for notice in dict.fromkeys(notice for lora in loras for notice in lora.say(version)):
         say(f"note: {notice}")
-    kernel = devices.set_attention(models.unet, cfg.attention)
+    kernel = attention(models, cfg.attention)
     vocabulary = embeddings.add_words(models, words)
     attach.attach_all(models, loras)
     pipe = pipeline.assemble(models, scheduler)
@@ -147,6 +147,9 @@ def load(cfg: InferConfig, family: Family, folder: Path, dtype: torch.dtype, all
     scheduler = components.base_scheduler(models.scheduler_config)
     if "scheduler" in cfg.new_components:
         scheduler = components.build_scheduler(cfg.new_components["scheduler"], scheduler, allow)
+    steps, most = cfg.infer_args.get("num_inference_steps", 1), scheduler.config.num_train_timesteps
+    if steps > most:
+        raise ConfigError(f"infer_args.num_inference_steps = {steps}; the model was trained on {most} steps, so at most that many can be drawn in.")
     return models, scheduler
 
 
@@ -155,6 +158,14 @@ def check_clip_skip(models: Models, clip_skip: int) -> None:
     layers = layers_of(models.text_encoder)
     if clip_skip >= layers:
         raise ConfigError(f"clip_skip = {clip_skip}; this text encoder has {layers} layers, so at most {layers - 1} can be skipped.")
+
+
+def attention(models: Models, choice: str) -> str:
+    """Sets the attention kernel and returns its name; ConfigError where xformers is not there, or not for this device."""
+    try:
+        return devices.set_attention(models.unet, choice)
+    except (ModuleNotFoundError, ValueError, NotImplementedError) as error:
+        raise ConfigError(f"attention = {choice!r} cannot be used: xformers is not installed, or not for this device. auto takes torch's own kernel, as fast.") from error
 
 
 def encode_prompts(request: Request, models: Models, words: encode.Words, device: torch.device, say: Callable[[str], None]):

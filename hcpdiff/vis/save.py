@@ -25,13 +25,16 @@ class Settings:
 
 
 def check_folder(folder: Path, key: str = "out_dir") -> list[str]:
-    """Faults of a folder that is to be written to: made if it is not there, and tried with a file that is removed again."""
+    """Faults of a folder that is to be written to, found without making it: a file is tried in the part of the path that is there."""
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             return []
     except OSError as error:
-        return [f"{key} = {str(folder)!r} cannot be written to: {error.strerror or error}."]
+        reason = f"{there} is no folder" if not there.is_dir() else error.strerror or str(error)
+        return [f"{key} = {str(folder)!r} cannot be written to: {reason}."]
 
 
 def save(image, folder: Path, seed: int, settings: Settings, image_type: str = "png", quality: int = 95, where: str = "both") -> Path:
@@ -42,6 +45,7 @@ def save(image, folder: Path, seed: int, settings: Settings, image_type: str = "
     inside = settings if where in ("both", "inside") else None
     data = encode(image, image_type, quality, inside)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         number = next_number(folder)
         while True:
             path = folder / f"{number:05d}-{seed}{SUFFIX[image_type]}"
@@ -103,7 +107,7 @@ def encode(image, image_type: str, quality: int, settings: Settings | None) -> b
     else:
         extra = {"exif": exif(settings)} if settings else {}
         if image_type == "webp":
-            image.save(out, "WEBP", quality=quality, method=6, **extra)
+            image.save(out, "WEBP", quality=quality, lossless=quality == 100, method=6, **extra)
         else:
             image.save(out, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2, **extra)
     return out.getvalue()
