@@ -4,6 +4,8 @@ import os
 
 import torch
 
+from .errors import ConfigError
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "no": torch.float32}
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -50,12 +52,16 @@ def set_threads(choice: int | str, processes: int = 1) -> int:
     return threads
 
 
-def set_attention(unet: torch.nn.Module, choice: str) -> str:
-    """Chooses the UNet's attention kernel and returns its name; xformers that is not there raises ModuleNotFoundError."""
+def set_attention(unet: torch.nn.Module, choice: str, key: str) -> str:
+    """Chooses the UNet's attention kernel and returns its name; ConfigError names `key` where xformers cannot be used."""
     from diffusers.models.attention_processor import AttnProcessor
 
     if choice == "xformers":
-        unet.enable_xformers_memory_efficient_attention()
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ModuleNotFoundError, ValueError, NotImplementedError) as error:  # not there, no GPU, or not for this GPU
+            why = "is not installed (pip install xformers)" if isinstance(error, ModuleNotFoundError) else f"cannot be used here: {str(error).splitlines()[0]}"
+            raise ConfigError(f"{key} = 'xformers': xformers {why}. auto takes torch's own kernel, which needs no package.") from error
         return "xformers"
     if choice == "eager":
         unet.set_attn_processor(AttnProcessor())

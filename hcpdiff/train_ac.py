@@ -22,9 +22,14 @@ def main(args: argparse.Namespace) -> int:
     """Checks the config without torch, then trains."""
     from .config.load import load
     from .config.schema import RunConfig
+    from .data.source import check_sources
+    from .errors import DataError
 
     now = datetime.datetime.now()
     loaded = load(args.cfg, args.overrides, RunConfig, now=now, allow=args.allow_target)
+    faults = check_sources(loaded.config.data)
+    if faults:
+        raise DataError(faults)
     from .quiet import quiet_libraries
 
     quiet_libraries()

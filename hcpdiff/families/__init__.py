@@ -5,12 +5,12 @@ from pathlib import Path
 from ..errors import ConfigError
 from .base import Family
 from .sd import StableDiffusion
-from .source import read_index
+from .source import MODEL_KEY, read_index
 
 FAMILIES: dict[str, type] = {StableDiffusion.pipeline: StableDiffusion}
 
 
-def detect(folder: Path, key: str = "model.pretrained_model_name_or_path") -> Family:
+def detect(folder: Path, key: str = MODEL_KEY) -> Family:
     """The family of a diffusers folder, from its model_index.json."""
     pipeline = read_index(folder, key).get("_class_name")
     if pipeline not in FAMILIES:

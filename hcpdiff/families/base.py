@@ -96,10 +96,11 @@ class Family(Protocol):
     name: str
     components: tuple[Component, ...]
 
-    def load(self, folder: Path, name: str, parts: Sequence[str], dtype: torch.dtype, vae: str | None = None, variant: str | None = None) -> Models:
-        """Reads the named parts, frozen and in eval mode, on the CPU in `dtype` (the VAE in fp32)."""
+    def load(self, folder: Path, name: str, parts: Sequence[str], dtype: torch.dtype, vae: str | None = None, variant: str | None = None,
+             key: str = ...) -> Models:
+        """Reads the named parts, frozen and in eval mode, on the CPU in `dtype` (the VAE in fp32); errors name `key`."""
 
-    def check(self, folder: Path, parts: Sequence[str] = ..., vae: str | None = None) -> None:
+    def check(self, folder: Path, parts: Sequence[str] = ..., vae: str | None = None, key: str = ...) -> None:
         """ConfigError that names every missing file of the parts."""
 
     def latent_geometry(self, folder: Path) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import clip_text
 from .base import Component, Conditioning, Models, Tokens
-from .source import check_complete, load_whole, read_json
+from .source import MODEL_KEY, check_complete, load_whole, read_json
 
 
 class StableDiffusion:
@@ -22,12 +22,12 @@ class StableDiffusion:
     )
 
     def load(self, folder: Path, name: str, parts: Sequence[str] = ("unet", "text_encoder", "vae"), dtype: torch.dtype = torch.float32,
-             vae: str | None = None, variant: str | None = None) -> Models:
+             vae: str | None = None, variant: str | None = None, key: str = MODEL_KEY) -> Models:
         """Reads the named parts and the tokenizer, frozen and in eval mode, on the CPU in `dtype` (the VAE in fp32)."""
         from transformers import CLIPTokenizer
 
-        self.check(folder, parts, vae)
-        modules = {part: self._load_part(folder, part, dtype, vae, variant) for part in parts}
+        self.check(folder, parts, vae, key)
+        modules = {part: self._load_part(folder, part, dtype, vae, variant, key) for part in parts}
         for module in modules.values():
             module.requires_grad_(False).eval()
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
@@ -37,12 +37,13 @@ class StableDiffusion:
             models.extra["latent_shift"] = getattr(models.vae.config, "shift_factor", None) or 0.0
         return models
 
-    def check(self, folder: Path, parts: Sequence[str] = ("unet", "text_encoder", "vae"), vae: str | None = None) -> None:
+    def check(self, folder: Path, parts: Sequence[str] = ("unet", "text_encoder", "vae"), vae: str | None = None,
+              key: str = MODEL_KEY) -> None:
         """ConfigError that names every file of the parts, the tokenizer and the scheduler that is not there."""
         needed = [part for part in parts if not (part == "vae" and vae)]
-        check_complete(folder, [*needed, "tokenizer", "scheduler"])
+        check_complete(folder, [*needed, "tokenizer", "scheduler"], key)
 
-    def _load_part(self, folder: Path, part: str, dtype: torch.dtype, vae: str | None, variant: str | None) -> torch.nn.Module:
+    def _load_part(self, folder: Path, part: str, dtype: torch.dtype, vae: str | None, variant: str | None, key: str) -> torch.nn.Module:
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from transformers import CLIPTextModel
 
@@ -54,7 +55,7 @@ class StableDiffusion:
         options = {"dtype" if part == "text_encoder" else "torch_dtype": torch.float32 if part == "vae" else dtype}
         if variant is not None and not own_vae:
             options["variant"] = variant
-        return load_whole(kind, place, "model.vae" if own_vae else "model.pretrained_model_name_or_path", options)
+        return load_whole(kind, place, "model.vae" if own_vae else key, options)
 
     def _scheduler_config(self, folder: Path) -> dict:
         from diffusers import DDPMScheduler

@@ -8,10 +8,11 @@ from ..errors import ConfigError
 
 # Withdrawn from the hub in 2024; the same weights live on under the second name.
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+MODEL_KEY = "model.pretrained_model_name_or_path"  # the trainer's; the visualizer names its own
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 
-def resolve(source: str, revision: str | None = None, variant: str | None = None, key: str = "model.pretrained_model_name_or_path") -> tuple[Path, list[str]]:
+def resolve(source: str, revision: str | None = None, variant: str | None = None, key: str = MODEL_KEY) -> tuple[Path, list[str]]:
     """The local folder of a base model, and notices for the log. Downloads a hub id once, into the hub's own cache."""
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -68,7 +69,7 @@ def _hub_reason(error: Exception) -> str:
             f"HF_ENDPOINT to a mirror (for example https://hf-mirror.com) and try again.")
 
 
-def read_index(folder: Path, key: str = "model.pretrained_model_name_or_path") -> dict:
+def read_index(folder: Path, key: str = MODEL_KEY) -> dict:
     """model_index.json of a diffusers folder."""
     path = folder / "model_index.json"
     if not path.is_file():
@@ -85,7 +86,7 @@ def read_json(path: Path) -> dict:
         raise ConfigError(f"{path} cannot be read as JSON: {error}.") from error
 
 
-def check_complete(folder: Path, parts: list[str], key: str = "model.pretrained_model_name_or_path") -> None:
+def check_complete(folder: Path, parts: list[str], key: str = MODEL_KEY) -> None:
     """Raises ConfigError that names every missing piece of the parts: config, weights, tokenizer files."""
     faults = [fault for part in parts for fault in _missing(folder, part)]
     if faults:

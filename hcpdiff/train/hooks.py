@@ -9,7 +9,7 @@ import torch
 
 from ..checkpoint.format import save_lora
 from ..checkpoint.resume import save_state
-from ..errors import CheckpointError
+from ..errors import CheckpointError, HCPError
 from ..loggers import Logger
 from .optim import weights_for_use
 from .state import training_state
@@ -108,8 +108,12 @@ class PreviewHook(Periodic):
     def act(self, trainer: Trainer) -> None:
         """Draws with the weights as they are."""
         step = trainer.state.step
-        with weights_for_use(trainer.optimizer):
-            images = self.draw()
+        try:
+            with weights_for_use(trainer.optimizer):
+                images = self.draw()
+        except HCPError as error:  # a picture is no reason to lose a run
+            self.logger.say(f"warning: the preview of step {step} could not be drawn: {error}")
+            return
         folder = self.run / "previews"
         folder.mkdir(exist_ok=True)
         for index, image in enumerate(images):

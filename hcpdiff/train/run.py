@@ -125,16 +125,9 @@ class Run:
         if model.prediction_type != "auto":
             self.models.scheduler_config = {**self.models.scheduler_config, "prediction_type": model.prediction_type}
         self.base_mark = fingerprint(self.models.unet)
-        self.attention = self._attention()
+        self.attention = machine.set_attention(self.models.unet, self.cfg.model.attention, "model.attention")
         if model.clip_skip >= self.models.text_encoder.config.num_hidden_layers:
             raise ConfigError(f"model.clip_skip = {model.clip_skip}: the text encoder has {self.models.text_encoder.config.num_hidden_layers} layers.")
-
-    def _attention(self) -> str:
-        try:
-            return machine.set_attention(self.models.unet, self.cfg.model.attention)
-        except (ModuleNotFoundError, ValueError) as error:  # what diffusers raises without xformers, or without a GPU for it
-            why = "xformers is not installed (pip install xformers)" if isinstance(error, ModuleNotFoundError) else str(error)
-            raise ConfigError(f"model.attention = {self.cfg.model.attention!r} cannot be used here: {why}. auto takes torch's own kernel, which needs no package.") from error
 
     def _attach_adapters(self) -> None:
         self.trainables, faults = [], []

@@ -22,7 +22,7 @@ from .request import Picture, Request, batches
 from .save import save
 from .settings import Facts, describe
 
-MODEL_KEY, LOADERS_KEY = "pretrained_model", "model.pretrained_model_name_or_path"
+MODEL_KEY = "pretrained_model"
 
 
 @dataclass
@@ -83,7 +83,7 @@ def prepare(request: Request, allow: Sequence[str], say: Callable[[str], None]) 
     version = family.base_version(models)
     for notice in dict.fromkeys(notice for lora in loras for notice in lora.say(version)):
         say(f"note: {notice}")
-    kernel = attention(models, cfg.attention)
+    kernel = devices.set_attention(models.unet, cfg.attention, "attention")
     vocabulary = embeddings.add_words(models, words)
     attach.attach_all(models, loras)
     pipe = pipeline.assemble(models, scheduler)
@@ -131,10 +131,7 @@ def check_parts(request: Request, allow: Sequence[str], say: Callable[[str], Non
 def load(cfg: InferConfig, family: Family, folder: Path, dtype: torch.dtype, allow: Sequence[str]) -> tuple[Models, object]:
     """The base model with its new components, in `dtype` on the CPU, and the sampler."""
     parts = [name for name in (*(c.name for c in family.components), "vae") if name not in cfg.new_components]
-    try:
-        models = family.load(folder, cfg.pretrained_model, parts, dtype, variant=cfg.variant)
-    except ConfigError as error:  # loaders speak of the trainer's key
-        raise ConfigError([fault.replace(LOADERS_KEY, MODEL_KEY) for fault in error.faults]) from error
+    models = family.load(folder, cfg.pretrained_model, parts, dtype, variant=cfg.variant, key=MODEL_KEY)
     for name, part in components.build_all(cfg.new_components, allow).items():
         if isinstance(part, torch.nn.Module):
             models.modules[name] = part.requires_grad_(False).eval()
@@ -158,14 +155,6 @@ def check_clip_skip(models: Models, clip_skip: int) -> None:
     layers = layers_of(models.text_encoder)
     if clip_skip >= layers:
         raise ConfigError(f"clip_skip = {clip_skip}; this text encoder has {layers} layers, so at most {layers - 1} can be skipped.")
-
-
-def attention(models: Models, choice: str) -> str:
-    """Sets the attention kernel and returns its name; ConfigError where xformers is not there, or not for this device."""
-    try:
-        return devices.set_attention(models.unet, choice)
-    except (ModuleNotFoundError, ValueError, NotImplementedError) as error:
-        raise ConfigError(f"attention = {choice!r} cannot be used: xformers is not installed, or not for this device. auto takes torch's own kernel, as fast.") from error
 
 
 def encode_prompts(request: Request, models: Models, words: encode.Words, device: torch.device, say: Callable[[str], None]):
