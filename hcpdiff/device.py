@@ -69,10 +69,12 @@ def set_attention(unet: torch.nn.Module, choice: str, key: str) -> str:
     return "sdpa"  # diffusers' default processor calls scaled_dot_product_attention
 
 
-def cpu_build_beside_gpu() -> bool:
-    """True when an NVIDIA driver is here but torch was built without CUDA (what plain pip gives on Windows)."""
+def check_build(way_out: str = "") -> None:
+    """ConfigError when an NVIDIA driver is here but torch was built without CUDA (what plain pip gives on Windows)."""
     driver = os.path.exists("/proc/driver/nvidia/version") or os.path.exists(os.path.expandvars(r"%SystemRoot%\System32\nvcuda.dll"))
-    return driver and torch.version.cuda is None and torch.version.hip is None
+    if driver and torch.version.cuda is None and torch.version.hip is None:
+        raise ConfigError("this machine has an NVIDIA GPU, but the installed torch is a CPU build. Install the CUDA build: "
+                          f'pip install "torch>=2.10,<2.14" --index-url https://download.pytorch.org/whl/cu128{way_out}')
 
 
 def peak_memory(device: torch.device) -> str:

@@ -292,7 +292,7 @@ def test_faults_of_the_second_stage_come_together(ours, tmp_path):
         ours(new_components={"scheduler": {"_target_": "diffusers.FlowMatchEulerDiscreteScheduler"}})
     with pytest.raises(ConfigError, match="trained on 1000 steps"):
         ours(infer_args={"num_inference_steps": 1001})
-    with pytest.raises(ConfigError, match="attention = 'xformers' cannot be used"):
+    with pytest.raises(ConfigError, match="attention = 'xformers': xformers is not installed"):
         ours(attention="xformers")
     with pytest.raises(ConfigError, match="clip_skip = 3; this text encoder has 3 layers"):
         ours(clip_skip=3)

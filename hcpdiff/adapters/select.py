@@ -14,7 +14,7 @@ ADAPTABLE = (nn.Linear, nn.Conv2d)
 
 @dataclass(frozen=True)
 class Selection:
-    """What one group claims: layer paths in model order, and how many each pattern brought."""
+    """What one group claims: layer paths in model order, and how many each pattern brought (less those excluded)."""
 
     paths: tuple[str, ...]
     per_pattern: dict[str, int]
@@ -37,7 +37,7 @@ def select(model: nn.Module, groups: Sequence[Mapping | object], where: str, ali
         wanted = set().union(*counts.values()) - dropped if counts else set()
         if counts and not wanted and not faults:
             faults.append(f"{key}: exclude leaves none of the {len(set().union(*counts.values()))} layers that layers names.")
-        selections.append(Selection(tuple(path for path in leaves if path in wanted), {p: len(c) for p, c in counts.items()}))
+        selections.append(Selection(tuple(path for path in leaves if path in wanted), {p: len(c - dropped) for p, c in counts.items()}))
     faults += _overlaps(selections, where)
     if faults:
         raise LayerMatchError(faults)

@@ -146,7 +146,7 @@ class _Loader:
         below = [f"{parent}.{name}" for parent, field in fields(self.schema).items() if field.shape.record and name in fields(field.shape.record)]
         if below:
             return f". It belongs below: {', '.join(below)}"
-        near = difflib.get_close_matches(name, _all_names(self.schema), n=3)
+        near = difflib.get_close_matches(name, [*_all_names(self.schema), *map(str, self.mentioned)], n=3)
         if "." in name or not near:
             return Walk.hint(self.schema, name)
         return f". Nearest: {', '.join(near)}"

@@ -55,8 +55,8 @@ class ModelConfig:
     tokenizer_repeats: int = key(1, "How many chunks of 75 tokens a prompt may fill.", "提示词长度的倍数，1 倍为 75 个 token。", ge=1, le=16, unit="75 tokens")
     clip_skip: int = key(0, "How many of the text encoder's last layers to skip; 0 = use the last layer (webui's 1).",
                          "跳过文本编码器最后几层；0 表示用最后一层（即 webui 的 1）。", ge=0)
-    gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, about a third slower.",
-                                       "反向传播时重新计算激活值：省显存，约慢三分之一。")
+    gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, one more forward pass a step.",
+                                       "反向传播时重新计算激活值：省显存，每步多一次前向计算。")
     attention: Literal["auto", "sdpa", "xformers", "eager"] = key(
         "auto", "Attention kernel. auto: torch's scaled_dot_product_attention.", "注意力实现。auto 为 torch 的 SDPA。")
     prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = key(

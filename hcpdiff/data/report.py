@@ -32,6 +32,7 @@ def print_report(data: "TrainData", console: Any) -> None:
 def source_table(datasets: list[TrainDataset]) -> Any:
     """One row per source: images, captions found, resolution, settings that change the number of samples."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="Images", title_justify="left")
     for name, justify in [("source", "left"), ("folder", "left"), ("images", "right"), ("captions", "right"), ("from", "left"), ("smallest", "right"), ("largest", "right"), ("repeats", "right")]:
@@ -41,7 +42,7 @@ def source_table(datasets: list[TrainDataset]) -> Any:
             area = source.sizes.prod(axis=1, dtype=np.int64)
             small, large = source.sizes[area.argmin()], source.sizes[area.argmax()]
             captions = f"{source.captions.found} of {len(source.keys)}" if source.captions.form != "none" else "none"
-            table.add_row(f"{dataset.name}.{source.name}", source.root, str(len(source.keys)), captions, source.captions.form, f"{small[0]} x {small[1]}", f"{large[0]} x {large[1]}",
+            table.add_row(Text(f"{dataset.name}.{source.name}"), Text(source.root), str(len(source.keys)), captions, source.captions.form, f"{small[0]} x {small[1]}", f"{large[0]} x {large[1]}",
                           str(source.repeats))
     return table
 
@@ -49,8 +50,9 @@ def source_table(datasets: list[TrainDataset]) -> Any:
 def bucket_table(data: TrainDataset) -> Any:
     """One row per size: images, share of each image that is cropped away (worst and mean), images that are enlarged."""
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"Sizes of {data.name}, batches of {data.batch_size}", title_justify="left")
+    table = Table(title=Text(f"Sizes of {data.name}, batches of {data.batch_size}"), title_justify="left")
     for name in ("width x height", "images", "cropped, mean", "worst", "enlarged"):
         table.add_column(name, justify="right")
     for size, count, mean, worst, enlarged in bucket_rows(data):

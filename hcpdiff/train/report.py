@@ -5,6 +5,7 @@ import platform
 from collections.abc import Mapping, Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from .. import __version__
 
@@ -20,7 +21,7 @@ def facts_table(title: str, facts: Mapping[str, object]) -> Table:
     """A two-column table."""
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in facts.items():
-        table.add_row(name, str(value))
+        table.add_row(name, Text(str(value)))  # brackets in a path or pattern are no markup
     return table
 
 
@@ -31,5 +32,5 @@ def layers_table(trainables: Sequence) -> Table:
         table.add_column(column, justify=justify)
     for trainable in trainables:
         for group, pattern, layers, rank, alpha, lr, parameters in trainable.rows():
-            table.add_row(group, pattern, str(layers), rank, alpha, f"{lr:g}", parameters)
+            table.add_row(*map(Text, (group, pattern, str(layers), rank, alpha, f"{lr:g}", parameters)))
     return table

@@ -29,7 +29,7 @@ from .hooks import LogHook, PreviewHook, SaveHook
 from .optim import Gradients, lr_factor, optimizer_groups, simulated_factor
 from .parallel import Parallel
 from .probe import probe
-from .state import restore
+from .state import restore, resume_notes
 from .step import DenoisingStep
 from .trainer import Trainer
 
@@ -78,9 +78,7 @@ class Run:
             self.log.say(f"note: {notice}")
 
     def _set_up_machine(self) -> None:
-        if machine.cpu_build_beside_gpu():
-            raise ConfigError("this machine has an NVIDIA GPU, but the installed torch is a CPU build. Install the CUDA build: "
-                              "pip install torch --index-url https://download.pytorch.org/whl/cu128")
+        machine.check_build()
         machine.set_threads(self.cfg.train.cpu_threads, self.parallel.per_machine)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.cfg.allow_tf32
 
@@ -247,6 +245,8 @@ class Run:
             max_nonfinite=train.max_nonfinite, fp16=self.dtype == torch.float16)
         trainer.state.positions = self.data.plan.start_of(0)
         if self.resumed:
+            for note in resume_notes(self.resumed["run"], self._described()):
+                self.log.say(f"note: {note}")
             restore(trainer, self.trainables, self.resumed, Position)
         return trainer
 

@@ -8,6 +8,13 @@ import torch
 from ..errors import CheckpointError
 from .trainer import Trainer
 
+# What makes a run the run that it is: key, its name, what to do.
+DECISIVE = (
+    ("base_mark", "the base model of fingerprint", "Name the model that it was trained on."),
+    ("config.train.optimizer._target_", "train.optimizer._target_", "Keep it, or start anew from its weights with model.init_lora."),
+    ("config.seed", "seed", "Keep it."),
+)
+
 
 def training_state(trainer: Trainer, trainables: Sequence) -> dict[str, Any]:
     """All that a resumed run needs, as plain data."""
@@ -19,6 +26,28 @@ def training_state(trainer: Trainer, trainables: Sequence) -> dict[str, Any]:
         "optimizer": trainer.optimizer.state_dict(),
         "adapters": {t.component.name: {path: {"down": lora.down, "up": lora.up} for path, lora in t.adapters.items()} for t in trainables},
     }
+
+
+def resume_notes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between the run that was saved and the one that goes on, for the log.
+
+    Another base model, optimizer or seed would not be the same run: CheckpointError.
+    """
+    was, asked = _flat(saved), _flat(now)
+    changed = {key: (was.get(key), asked.get(key)) for key in sorted(was.keys() | asked.keys()) if was.get(key) != asked.get(key)}
+    faults = [f"train.resume: the run was saved with {name} {changed[key][0]!r}, now it is {changed[key][1]!r}: that would be another run. {hint}"
+              for key, name, hint in DECISIVE if key in changed]
+    if faults:
+        raise CheckpointError(faults)
+    own = {"config.train.resume", "config.exp_dir"}
+    return [f"resumed with another {key.removeprefix('config.')}: {old!r} before, {new!r} now" for key, (old, new) in changed.items() if key not in own]
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    """Dotted key -> leaf."""
+    if isinstance(tree, Mapping):
+        return {key: leaf for name, item in tree.items() for key, leaf in _flat(item, f"{path}.{name}" if path else str(name)).items()}
+    return {path: tree}
 
 
 def restore(trainer: Trainer, trainables: Sequence, state: Mapping[str, Any], position: Callable) -> None:

@@ -99,9 +99,7 @@ def prepare(request: Request, allow: Sequence[str], say: Callable[[str], None]) 
 def choose_device(choice: str) -> torch.device:
     """The device that the config names, tried; auto takes the accelerator that is there."""
     if choice == "auto":
-        if devices.cpu_build_beside_gpu():
-            raise ConfigError("this machine has an NVIDIA GPU, but the installed torch is a CPU build. Install the CUDA build (pip install torch --index-url "
-                              "https://download.pytorch.org/whl/cu128), or draw on the CPU with device=cpu.")
+        devices.check_build(" Or draw on the CPU: device=cpu")
         return devices.pick_device()
     try:
         device = torch.device(choice)
