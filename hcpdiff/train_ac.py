@@ -10,7 +10,8 @@ EXAMPLE = """examples:
   python -m hcpdiff.train_ac_single --cfg cfgs/train/lora1.yaml unet_lr=0.0002 train.train_epochs=10
   accelerate launch --multi_gpu --num_processes 2 -m hcpdiff.train_ac --cfg cfgs/train/lora1.yaml
 Every key, its default and its meaning: cfgs/train/train_base.yaml
-exit codes: 0 done, 2 a mistake in config, command line or data, 3 NaN or infinity too often, 130 interrupted"""
+exit codes: 0 done, 2 a mistake in config, command line or data, 3 NaN or infinity too often,
+130 or 143 stopped by Ctrl-C or SIGTERM after finishing and saving the step"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,9 +40,9 @@ def main(args: argparse.Namespace) -> int:
     parallel = Parallel()
     if parallel.world > 1:  # one moment for all
         loaded = load(args.cfg, args.overrides, RunConfig, now=parallel.share(now), allow=args.allow_target)
-    Run(loaded, parallel, args.allow_target).train()
+    code = Run(loaded, parallel, args.allow_target).train()
     parallel.close()
-    return 0
+    return code
 
 
 if __name__ == "__main__":

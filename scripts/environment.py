@@ -29,7 +29,7 @@ def ensure(extras: str = "") -> Path:
         venv.create(FOLDER, with_pip=True)
     target = f"{ROOT}[{extras}]" if extras else str(ROOT)
     pip = [str(python()), "-m", "pip", "install", "--disable-pip-version-check", "-c", str(ROOT / "constraints.txt")]
-    code = subprocess.call([*pip, "-q", "-e", target])
+    code = subprocess.call([*pip, "-e", target])
     if code:
         sys.exit(f"error: pip failed (exit code {code}); its message is above.")
     stamp.write_text(mark, encoding="utf-8")

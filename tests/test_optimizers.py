@@ -13,6 +13,7 @@ from hcpdiff.adapters.lora import Lora
 from hcpdiff.checkpoint.resume import load_state, save_state
 from hcpdiff.errors import CheckpointError
 from hcpdiff.train.optim import Gradients, optimizer_groups, weights_for_use
+from hcpdiff.train.signals import StopRequest
 from hcpdiff.train.state import restore, training_state
 from hcpdiff.train.trainer import Trainer
 from hcpdiff.trainables.lora import ParamGroup
@@ -44,14 +45,14 @@ def make(name: str, steps: int):
 def test_a_resumed_run_ends_in_the_same_bits(name, tmp_path):
     whole, _, expected = make(name, 8)
     start = expected.up.detach().clone()
-    whole.fit()
+    whole.fit(StopRequest())
     first, trainable, _ = make(name, 5)
-    first.fit()
+    first.fit(StopRequest())
     save_state(tmp_path, 5, training_state(first, [trainable]), keep=1)
     second, trainable, lora = make(name, 8)
     restore(second, [trainable], load_state(tmp_path), Place)
     assert second.state.step == 5
-    second.fit()
+    second.fit(StopRequest())
     assert not torch.equal(start, expected.up)
     assert torch.equal(lora.up, expected.up) and torch.equal(lora.down, expected.down)
     with weights_for_use(whole.optimizer), weights_for_use(second.optimizer):
@@ -60,7 +61,7 @@ def test_a_resumed_run_ends_in_the_same_bits(name, tmp_path):
 
 def test_schedule_free_saves_other_weights_than_it_trains():
     trainer, _, lora = make("schedule-free", 6)
-    trainer.fit()
+    trainer.fit(StopRequest())
     training = lora.up.detach().clone()
     with weights_for_use(trainer.optimizer):
         assert not torch.equal(training, lora.up)
@@ -69,7 +70,7 @@ def test_schedule_free_saves_other_weights_than_it_trains():
 
 def test_a_state_of_other_layers_is_refused_and_changes_nothing(tmp_path):
     trainer, trainable, _ = make("AdamW", 2)
-    trainer.fit()
+    trainer.fit(StopRequest())
     state = training_state(trainer, [trainable])
     other, wanted, lora = make("AdamW", 4)
     wanted.adapters = {"another": lora}

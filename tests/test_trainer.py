@@ -14,6 +14,7 @@ from hcpdiff.checkpoint.resume import find_run, load_state, save_state, states
 from hcpdiff.errors import CheckpointError, ConfigError, NonFiniteError
 from hcpdiff.train.folder import claim
 from hcpdiff.train.optim import Gradients, optimizer_groups, weights_for_use
+from hcpdiff.train.signals import StopRequest
 from hcpdiff.train.trainer import Hook, Trainer
 from hcpdiff.trainables.lora import ParamGroup
 
@@ -61,7 +62,7 @@ def test_the_loop_is_the_plain_loop():
         nn.utils.clip_grad_norm_([twin], 1.0)
         optimizer.step()
         losses.append(loss.item())
-    trainer.fit()
+    trainer.fit(StopRequest())
     torch.testing.assert_close(weight, twin)
     records = trainer.take_records()
     assert [step for step, _ in records] == [1, 2, 3, 4, 5, 6]
@@ -78,7 +79,7 @@ def test_a_non_finite_step_changes_nothing_and_is_counted():
             seen[trainer.state.step] = (weight.detach().clone(), trainer.optimizer.state_dict()["state"][0]["step"].item())
 
     trainer, weight = toy(bad=(2, 4), hooks=[Watch()])
-    trainer.fit()
+    trainer.fit(StopRequest())
     assert torch.equal(seen[2][0], seen[3][0]) and seen[2][1] == seen[3][1] and not torch.equal(seen[3][0], seen[4][0])
     assert trainer.state.skipped == 2 and trainer.state.skipped_in_row == 0 and torch.isfinite(weight).all()
 
@@ -86,19 +87,19 @@ def test_a_non_finite_step_changes_nothing_and_is_counted():
 def test_too_many_in_a_row_stop_the_run_with_a_code_of_their_own():
     trainer, weight = toy(bad=(1, 2, 3))
     with pytest.raises(NonFiniteError, match="3 steps in a row") as caught:
-        trainer.fit()
+        trainer.fit(StopRequest())
     assert caught.value.exit_code == 3 and torch.isfinite(weight).all()
 
 
 def test_fp16_overflow_halves_the_scale_and_is_no_fault():
     trainer, _ = toy(bad=(1, 2, 3, 4), fp16=True)
-    trainer.fit()
+    trainer.fit(StopRequest())
     assert trainer.loss_scale.value == 65536 / 16 and trainer.state.skipped == 4 and trainer.state.skipped_in_row == 0
 
 
 def test_the_loss_scale_does_not_change_the_result():
     plain, scaled = toy()[0], toy(fp16=True)[0]
-    plain.fit(), scaled.fit()
+    plain.fit(StopRequest()), scaled.fit(StopRequest())
     torch.testing.assert_close(plain.gradients.parameters[0], scaled.gradients.parameters[0])
 
 
@@ -109,7 +110,7 @@ def test_epochs_are_announced_also_inside_one():
         def on_epoch_begin(self, trainer, epoch):
             epochs.append((trainer.state.step, epoch))
 
-    toy(steps=9, hooks=[Watch()])[0].fit()
+    toy(steps=9, hooks=[Watch()])[0].fit(StopRequest())
     assert epochs == [(0, 0), (5, 1)]
 
 
@@ -186,3 +187,35 @@ def test_the_probe_changes_nothing():
     assert "largest batch (3 x 64 x 64) fits" in probe(trainer, (3, 64, 64), (8, 4))
     assert trainer.gradients.flat.abs().sum() == 0 and torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(lora.down, before[path][0]) and torch.equal(lora.up, before[path][1]) for path, lora in setup.trainable.adapters.items())
+
+
+def test_a_signal_finishes_the_step_and_a_second_one_stops_at_once():
+    import os
+    import signal
+
+    stops = []
+
+    class Watch(Hook):
+        def on_step_end(self, trainer):
+            if trainer.state.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def on_stop(self, trainer):
+            stops.append(trainer.state.step)
+
+    trainer, _ = toy(steps=6, hooks=[Watch()])
+    with StopRequest() as stop:
+        assert trainer.fit(stop) is False
+        assert stops == [3] and stop.signal == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)  # forwarded by a launcher: the same wish
+        stop.since -= 10
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_in_the_last_step_changes_nothing():
+    trainer, _ = toy(steps=1)
+    stop = StopRequest()
+    stop.signal = 2
+    assert trainer.fit(stop) is True

@@ -78,6 +78,9 @@ class SaveHook(Periodic):
         self.run, self.trainables, self.metadata, self.dtype = run, trainables, metadata, dtype
         self.keep_states, self.describe, self.log = keep_states, describe, log
 
+    def on_stop(self, trainer: Trainer) -> None:
+        self._once(trainer)
+
     def act(self, trainer: Trainer) -> None:
         """Writes the checkpoint and the state of the step that is done."""
         step = trainer.state.step

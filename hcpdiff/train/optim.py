@@ -70,13 +70,13 @@ def simulated_factor(make: Callable[[torch.optim.Optimizer], torch.optim.lr_sche
 class Gradients:
     """Every gradient as a view of one flat fp32 buffer, so that reduction, norm, clipping and clearing are one operation each.
 
-    The last element carries the step's loss, which is thereby summed over the processes with the gradients.
+    Two more elements are summed over the processes with the gradients: the step's loss, and the wish of any process to stop.
     """
 
     def __init__(self, groups: Sequence[ParamGroup], device: torch.device):
         self.parameters = [p for group in groups for p in group.parameters]
-        self.flat = torch.zeros(sum(p.numel() for p in self.parameters) + 1, dtype=torch.float32, device=device)
-        self.values, self.loss = self.flat[:-1], self.flat[-1]
+        self.flat = torch.zeros(sum(p.numel() for p in self.parameters) + 2, dtype=torch.float32, device=device)
+        self.values, self.loss, self.stop = self.flat[:-2], self.flat[-2], self.flat[-1]
         self.attach()
 
     def attach(self) -> None:

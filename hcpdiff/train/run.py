@@ -1,6 +1,7 @@
 """The only place that wires a run together: config -> model, data, trainables -> trainer, hooks, loggers."""
 
 import json
+import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from .hooks import LogHook, PreviewHook, SaveHook
 from .optim import Gradients, lr_factor, optimizer_groups, simulated_factor
 from .parallel import Parallel
 from .probe import probe
+from .signals import StopRequest
 from .state import restore, resume_notes
 from .step import DenoisingStep
 from .trainer import Trainer
@@ -45,8 +47,8 @@ class Run:
         self.geometry = (8, 4)  # of every usual model; only faults of the data depend on it before the model is found
         self.log = LoggerGroup([])
 
-    def train(self) -> Path:
-        """Runs from start to end; returns the run folder."""
+    def train(self) -> int:
+        """Runs from start to end; returns the exit code: 0, or 128 + the number of the signal that stopped it."""
         try:
             self._open_loggers()
             self._set_up_machine()
@@ -60,12 +62,16 @@ class Run:
             trainer.hooks += self._hooks() if self.parallel.main else []
             if self.device.type != "cpu":
                 self.log.say(probe(trainer, self.data.largest_batch(), self.geometry))
-            trainer.fit()
-            self.log.say(f"done: step {trainer.state.step} after {time.monotonic() - self.started:.0f} s, peak memory {machine.peak_memory(self.device)}. "
+            with StopRequest() as stop:
+                finished = trainer.fit(stop)
+            how = "done:" if finished else "stopped:"
+            self.log.say(f"{how} step {trainer.state.step} after {time.monotonic() - self.started:.0f} s, peak memory {machine.peak_memory(self.device)}. "
                          f"Everything is in {self.folder}")
+            if not finished:
+                self.log.say(f"to go on: the same command with train.resume={self.folder}")
         finally:
             self.log.close()
-        return self.folder
+        return 0 if finished else 128 + (stop.signal or signal.SIGTERM)
 
     # -- before anything is written: every fault is found here ---------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import HCPError, NonFiniteError
 from .optim import Gradients, set_lr
 from .parallel import Parallel
+from .signals import StopRequest
 
 
 class Hook:
@@ -23,6 +24,9 @@ class Hook:
 
     def on_end(self, trainer: "Trainer") -> None:
         """After the last step."""
+
+    def on_stop(self, trainer: "Trainer") -> None:
+        """After the step that a signal made the last one for now."""
 
 
 class Feed(Protocol):
@@ -79,28 +83,33 @@ class Trainer:
         self.max_grad_norm, self.max_nonfinite = max_grad_norm, max_nonfinite
         self.loss_scale, self.state, self.records = LossScale(fp16), TrainState(), []
 
-    def fit(self) -> None:
-        """Trains to the end; hooks see every step."""
+    def fit(self, stop: StopRequest) -> bool:
+        """Trains to the end, or to the end of the step in which any process was asked to stop; whether it is the end. Hooks see every step."""
         state, epoch = self.state, None
         feed = self.feed.batches(state.positions, self.parallel.rank, self.parallel.world, state.step, self.total_steps - state.step)
         for _, after, micro in feed:
             if state.positions[0].epoch != epoch:
                 epoch = state.positions[0].epoch
                 self._tell("on_epoch_begin", epoch)
-            self._step(micro)
+            stopped = self._step(micro, stop)
             state.step, state.positions = state.step + 1, after
             self._tell("on_step_end")
+            if stopped and state.step < self.total_steps:
+                self._tell("on_stop")
+                return False
         self._tell("on_end")
+        return True
 
     def _tell(self, event: str, *args) -> None:
         for hook in self.hooks:
             getattr(hook, event)(self, *args)
 
-    def _step(self, micro: list) -> None:
+    def _step(self, micro: list, stop: StopRequest) -> bool:
         lrs = set_lr(self.optimizer, self.lr_factor(self.state.step))
         self.gradients.clear()
         for batch in micro:
             self.backward(batch)
+        self.gradients.stop += float(stop.signal != 0)
         self.parallel.sum_(self.gradients.flat)
         if self.loss_scale.active:
             self.gradients.values.div_(self.loss_scale.value)
@@ -111,6 +120,7 @@ class Trainer:
             self.optimizer.step()
         self._count(finite)
         self.records.append(StepRecord(self.state.step + 1, loss, norm, lrs))
+        return bool(self.gradients.stop)
 
     def backward(self, batch) -> None:
         """Adds one micro-batch's gradients and loss to the buffer."""
