@@ -69,6 +69,8 @@ def main() -> None:
         values = json.loads(config.read_text("utf-8"))
         values.pop("_name_or_path", None)
         config.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+    for weights in args.out.rglob("*.safetensors"):
+        weights.chmod(0o644)
     total = sum(f.stat().st_size for f in args.out.rglob("*.safetensors"))
     print(f"{args.out}: {total / 1e6:.1f} MB of weights")
     if total > LIMIT:

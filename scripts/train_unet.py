@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=14400)
     parser.add_argument("--decay", type=float, default=0.25)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--core-weight", type=float, default=12.0, help="how often a thing of core.txt is seen, against another")
     parser.add_argument("--threads", type=int, default=2)
