@@ -47,7 +47,8 @@ def _from_hub(source: str, revision: str | None, variant: str | None, key: str) 
     try:
         return _download(moved, revision, variant, local_only=False), notices
     except OSError as error:  # every error of the hub client is one
-        raise ConfigError(f"{key} = {source!r}: {_hub_reason(error)}") from error
+        also = f" {source} was withdrawn from the hub; {moved} holds the same weights and was asked for." if moved != source else ""
+        raise ConfigError(f"{key} = {source!r}: {_hub_reason(error)}{also}") from error
 
 
 def _download(source: str, revision: str | None, variant: str | None, local_only: bool) -> Path:

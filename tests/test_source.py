@@ -1,0 +1,62 @@
+"""Where base models come from: folders, the hub's cache, and what is said when neither has them."""
+
+import pytest
+
+from hcpdiff.errors import ConfigError
+from hcpdiff.families import detect
+from hcpdiff.families.source import MOVED, resolve
+
+
+def message(source: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        resolve(source)
+    return str(caught.value)
+
+
+def test_a_folder_is_taken_as_it_is(tiny_sd1):
+    assert resolve(str(tiny_sd1)) == (tiny_sd1, [])
+    assert detect(tiny_sd1).name == "sd"
+
+
+def test_a_missing_folder_names_its_neighbours(tmp_path):
+    (tmp_path / "my-model").mkdir()
+    assert "my-model" in message(str(tmp_path / "my-modle"))
+
+
+def test_a_single_file_says_what_to_do(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert "from_single_file" in message(str(tmp_path / "model.safetensors"))
+
+
+def test_a_folder_of_something_else_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="no model_index.json"):
+        detect(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}', encoding="utf-8")
+    with pytest.raises(ConfigError, match="FluxPipeline; supported: StableDiffusionPipeline"):
+        detect(tmp_path)
+    (tmp_path / "model_index.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ConfigError, match="cannot be read as JSON"):
+        detect(tmp_path)
+
+
+def test_a_hub_id_that_cannot_be_had_says_how_and_names_the_moved_one():
+    """The tests run with the hub offline."""
+    assert "HF_ENDPOINT" in message("somebody/some-model-that-is-not-cached")
+    (old, new), = MOVED.items()
+    text = message(old)
+    assert new in text and "withdrawn" in text
+
+
+def test_a_withdrawn_id_takes_the_local_cache_of_the_moved_one(tiny_sd1, tmp_path, monkeypatch):
+    """A cache as the hub's client lays it out: the second name's snapshot answers for the first."""
+    import shutil
+
+    (old, new), = MOVED.items()
+    repo = tmp_path / f"models--{new.replace('/', '--')}"
+    shutil.copytree(tiny_sd1, repo / "snapshots" / "abc")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.HF_HUB_CACHE", str(tmp_path), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    folder, notices = resolve(old)
+    assert (folder / "unet").is_dir() and new in notices[0]
