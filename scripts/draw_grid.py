@@ -51,7 +51,7 @@ def main() -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    sheet(draw(pipeline, read_prompts(args.prompts), args.steps, args.guidance, args.seed)).save(args.out, optimize=True)
+    sheet(draw(pipeline, read_prompts(args.prompts), args.steps, args.guidance, args.seed)).quantize(256).save(args.out, optimize=True)
     print(args.out)
 
 

@@ -33,10 +33,13 @@ PACKAGES = {
 }
 GROUPS = {"faces": 0, "people": 1, "animals": 3, "food": 4, "travel": 5, "activities": 6, "objects": 7, "symbols": 8}
 SKIPPED = re.compile(
-    r"\b(wo)?m[ae]n\b|^(person|people|hand with|.*hands?$|.*fist$|index|backhand|middle|family|couple|kiss)|o’clock|-thirty|arrow|button|keycap|input|facing right|"
-    r"kaaba|mosque|synagogue|temple|church"
+    r"\b(wo)?m[ae]n\b|^(person|people|hand with|.*hands?$|.*fist$|index|backhand|middle|family|couple|kiss)"
+    r"|o’clock|-thirty|arrow|button|keycap|input|facing right|kaaba|mosque|synagogue|temple|church"
 )
-SYMBOLS = re.compile(r"^(warning|no entry|peace symbol|yin yang|check mark|cross mark|recycling symbol|(red|orange|yellow|green|blue|purple|brown|black|white) circle|radioactive)$")
+SYMBOLS = re.compile(
+    r"^(warning|no entry|peace symbol|yin yang|check mark|cross mark|recycling symbol|radioactive"
+    r"|(red|orange|yellow|green|blue|purple|brown|black|white) circle)$"
+)
 STROKE = "path{stroke:#000;stroke-width:%.2f;stroke-linejoin:round}"
 
 CONCEPT_THINGS = """fox|cat face|panda|penguin|owl|frog|octopus|butterfly|sunflower|cactus|mushroom|red apple|banana|strawberry|carrot|

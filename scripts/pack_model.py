@@ -19,8 +19,9 @@ LIMIT = 24 * 10**6  # bytes of weights
 
 def averaged(work: Path, captions: Captions, state_file: str) -> Models:
     models = Models(captions)
-    ema = Ema(models.params, 0.0)
-    ema.load_state_dict(torch.load(work / state_file, weights_only=True)["ema"])
+    ema, state = Ema(models.params, 0.0), torch.load(work / state_file, weights_only=True)
+    ema.load_state_dict(state["ema"])
+    print(f"{state_file}: step {state['step']}, {state['spent']:.0f} s of CPU time")
     ema.swap()
     return models
 

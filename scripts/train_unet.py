@@ -70,7 +70,8 @@ class Captions:
 class Models:
     def __init__(self, captions: Captions):
         self.unet = UNet2DConditionModel(**UNET).to(memory_format=torch.channels_last)
-        self.text = CLIPTextModel(CLIPTextConfig(vocab_size=len(captions.tokens), bos_token_id=len(captions.tokens) - 2, eos_token_id=len(captions.tokens) - 1, **TEXT))
+        vocab = len(captions.tokens)  # the two special tokens are CLIP's last, so they are last here too
+        self.text = CLIPTextModel(CLIPTextConfig(vocab_size=vocab, bos_token_id=vocab - 2, eos_token_id=vocab - 1, **TEXT))
         named = [*self.unet.named_parameters(), *self.text.named_parameters()]
         self.params = [p for _, p in named]
         plain = [p.dim() < 2 or "embedding" in name or name.startswith(("conv_in", "conv_out")) for name, p in named]
@@ -143,7 +144,8 @@ def train(models: Models, ema: Ema, latents: torch.Tensor, captions: Captions, w
         log.write(resumed=step, seconds=round(spent))
 
     def save(to: Path) -> None:
-        save_atomic({"unet": models.unet.state_dict(), "text": models.text.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": spent}, to)
+        parts = {"unet": models.unet, "text": models.text, "ema": ema, "optimizer": optimizer}
+        save_atomic({name: part.state_dict() for name, part in parts.items()} | {"step": step, "spent": spent}, to)
 
     last, saved = time.process_time(), time.monotonic()
     wall = saved

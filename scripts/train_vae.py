@@ -84,7 +84,8 @@ def train(vae: AutoencoderKL, ema: Ema, pixels: torch.Tensor, args, stem: str) -
             log.write(step=step, seconds=round(spent), psnr=float(np.mean(psnrs)))
             psnrs = []
         if step % 100 == 0 or spent >= args.seconds:
-            save_atomic({"vae": vae.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": spent}, path)
+            parts = {"vae": vae, "ema": ema, "optimizer": optimizer}
+            save_atomic({name: part.state_dict() for name, part in parts.items()} | {"step": step, "spent": spent}, path)
 
 
 @torch.no_grad()
