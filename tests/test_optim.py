@@ -91,3 +91,12 @@ def test_a_torch_scheduler_gives_the_factors_that_it_gives_torch():
         ours = simulated_factor(make, 20)
         assert [ours(step) for step in range(20)] == pytest.approx(expected)
         assert ours(17) == ours(17) and ours(99) == ours(19)
+
+
+def test_small_gradients_are_not_scaled_up():
+    weight = nn.Parameter(torch.zeros(3))
+    gradients = Gradients([ParamGroup("a", 1.0, (weight,))], torch.device("cpu"))
+    (weight * torch.tensor([0.1, 0.2, 0.2])).sum().backward()
+    assert gradients.clip(1.0).item() == pytest.approx(0.3)
+    torch.testing.assert_close(weight.grad, torch.tensor([0.1, 0.2, 0.2]))
+    assert gradients.clip(None).item() == pytest.approx(0.3)
