@@ -133,8 +133,25 @@ def test_bf16_keeps_the_effect_of_a_lora_far_below_the_last_bit_of_the_weight(bi
         assert share(merged) < 0.7 and share(summed) < 0.3
 
 
-def test_bf16_gradients_follow_fp32():
-    layer, lora, x = adapted("linear", torch.float32)
+def test_bf16_keeps_the_effect_in_1x1_convolutions_too():
+    """proj_in and proj_out of SD1 are such."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(256, 256, 1).bfloat16().requires_grad_(False)
+    lora = Lora(layer, 8, 8)
+    lora.reset(torch.rand(lora.down.shape))
+    with torch.no_grad():
+        lora.up.normal_()
+        lora.up.mul_(1e-3 * layer.weight.float().norm() / (lora.up.flatten(1) @ lora.down.flatten(1)).norm())
+        x = torch.randn(4, 256, 32, 32).bfloat16()
+        base = layer(x).float()
+        true = F.conv2d(x.float(), lora.scale * (lora.up.flatten(1) @ lora.down.flatten(1))[..., None, None])
+        put(layer, lora)
+        assert abs(((layer(x).float() - base) * true).sum() / true.square().sum() - 1) < 0.02
+
+
+@pytest.mark.parametrize("name", ["linear", "conv 1x1"])
+def test_bf16_gradients_follow_fp32(name):
+    layer, lora, x = adapted(name, torch.float32)
     reference = torch.autograd.grad(layer(x).square().sum(), [lora.down, lora.up, x])
     take(layer)
     half = layer.bfloat16()

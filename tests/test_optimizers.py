@@ -38,7 +38,7 @@ def make(name: str, steps: int):
                       lr_factor=lambda step: 1.0, parallel=SimpleNamespace(rank=0, world=1, sum_=lambda t: t), hooks=[], total_steps=steps, max_grad_norm=1.0,
                       max_nonfinite=3, fp16=False)
     trainer.state.positions = [Place(0, 0)]
-    return trainer, SimpleNamespace(component=SimpleNamespace(name="unet"), adapters={"layer": lora}, key="lora_unet"), lora
+    return trainer, SimpleNamespace(component=SimpleNamespace(name="unet"), adapters={"layer": lora}, key="lora_unet", group_of={"layer": 0}, groups=[0]), lora
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -78,3 +78,24 @@ def test_a_state_of_other_layers_is_refused_and_changes_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="another configuration") as caught:
         restore(other, [wanted], state, Place)
     assert len(caught.value.faults) == 3 and torch.equal(before, lora.up)
+
+
+def test_groups_in_another_order_are_refused_since_optimizers_know_places_only():
+    trainer, trainable, lora = make("AdamW", 2)
+    trainable.adapters, trainable.group_of, trainable.groups = {"a": lora, "b": lora}, {"a": 0, "b": 1}, [0, 0]
+    state = training_state(trainer, [trainable])
+    trainable.group_of = {"a": 1, "b": 0}
+    with pytest.raises(CheckpointError, match="other groups"):
+        restore(trainer, [trainable], state, Place)
+
+
+def test_options_that_the_config_sets_hold_at_a_resume():
+    trainer, trainable, _ = make("AdamW", 2)
+    trainer.fit(StopRequest())
+    state = training_state(trainer, [trainable])
+    other, trainable, _ = make("AdamW", 4)
+    other.optimizer.param_groups[0]["weight_decay"] = 0.5
+    restore(other, [trainable], state, Place, frozenset({"weight_decay"}))
+    assert other.optimizer.param_groups[0]["weight_decay"] == 0.5
+    restore(other, [trainable], state, Place)
+    assert other.optimizer.param_groups[0]["weight_decay"] == 0.01

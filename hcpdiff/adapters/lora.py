@@ -49,6 +49,10 @@ class _LoraLinear(torch.autograd.Function):
         return grad_x, grad_dropped, None, None, grad_down, grad_up, None
 
 
+def _pointwise(layer: nn.Conv2d) -> bool:
+    return layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
+
+
 class Lora(Adapter):
     """LoRA of one Linear or Conv2d.
 
@@ -96,6 +100,8 @@ class Lora(Adapter):
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         z = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
         if isinstance(layer, nn.Conv2d):
+            if x.dtype in (torch.bfloat16, torch.float16) and _pointwise(layer):
+                return self._pointwise(x, z, layer)
             return self._conv(x, x if z is None else z, layer)
         if layer.weight.dtype != x.dtype:  # quantised or under autocast: the layer knows how to multiply, we do not
             h = F.linear(x if z is None else z, self.down.to(x.dtype))
@@ -104,6 +110,12 @@ class Lora(Adapter):
         flat_z = None if z is None else z.reshape(flat.shape)
         y = _LoraLinear.apply(flat, flat_z, layer.weight, layer.bias, self.down, self.up, self.scale)
         return y.reshape(*x.shape[:-1], -1)
+
+    def _pointwise(self, x: Tensor, z: Tensor | None, layer: nn.Conv2d) -> Tensor:
+        """A 1x1 convolution as the Linear that it is, over (B*H*W, C), so that half precision keeps the small term."""
+        flat, flat_z = (None if part is None else part.permute(0, 2, 3, 1).reshape(-1, part.shape[1]) for part in (x, z))
+        y = _LoraLinear.apply(flat, flat_z, layer.weight.flatten(1), layer.bias, self.down.flatten(1), self.up.flatten(1), self.scale)
+        return y.reshape(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
 
     def _conv(self, x: Tensor, z: Tensor, layer: nn.Conv2d) -> Tensor:
         h = layer._conv_forward(z, self.down.to(x.dtype), None)  # the base's own stride, padding mode and dilation

@@ -55,7 +55,10 @@ def load_state(run: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / 'state.json'} cannot be read: {error}. Remove {folder} to go on from the state before it.") from error
     if record.get("format") != FORMAT:
         raise CheckpointError(f"{folder} has format {record.get('format')}, this version reads {FORMAT}: resume with the version that wrote it.")
-    tensors, _ = read_tensors(folder / "state.safetensors")
+    try:
+        tensors, _ = read_tensors(folder / "state.safetensors")
+    except CheckpointError as error:
+        raise CheckpointError([*error.faults, f"Remove {folder} to go on from the state before it."]) from error
     return _unpack(record["tree"], tensors)
 
 

@@ -21,7 +21,7 @@ class LoraGroup:
     rank: int | float = key(4, "Rank of the LoRA. Below 1: that share of the layer's output width; 4.0 means 4.",
                             "LoRA 的秩。小于 1 时表示输出宽度的比例；4.0 等同于 4。", gt=0)
     alpha: float | None = key(None, "LoRA alpha; the effective scale is alpha / rank. null: alpha = rank.",
-                              "LoRA 的 alpha，实际缩放为 alpha / rank。null 表示等于 rank。")
+                              "LoRA 的 alpha，实际缩放为 alpha / rank。null 表示等于 rank。", gt=0)
     dropout: float = key(0.0, "Dropout on the LoRA branch only; the base layer is never dropped.",
                          "只作用于 LoRA 分支的 dropout，不影响原始层。", ge=0, lt=1)
     layers: list[str] = key(doc="Module names, or regular expressions after 're:' (matched from the start of the name). "
@@ -63,8 +63,8 @@ class ModelConfig:
         "auto", "What the model predicts. auto: as the base model's scheduler config says.", "模型预测的目标。auto 以底模的 scheduler 配置为准。")
     noise_scheduler: dict | None = key(None, "Another noise schedule for training, by _target_ (a diffusers scheduler). null: the base model's.",
                                        "训练用的噪声调度器（_target_）。null 用底模自带的。", slot="noise_scheduler")
-    init_lora: str | None = key(None, "Start the UNet's LoRA from this file (ours, webui/kohya, PEFT, ancestor).",
-                                "UNet 的 LoRA 从该文件继续训练（支持本框架、webui/kohya、PEFT 与旧版格式）。", path=True, exists="file")
+    init_lora: str | None = key(None, "Start the UNet's LoRA from this file (ours, webui/kohya, PEFT, ancestor). A file that holds the text encoder's too starts both.",
+                                "UNet 的 LoRA 从该文件继续训练（支持本框架、webui/kohya、PEFT 与旧版格式）；文件中含文本编码器部分时一并载入。", path=True, exists="file")
     init_lora_TE: str | None = key(None, "Start the text encoder's LoRA from this file.", "文本编码器的 LoRA 从该文件继续训练。", path=True, exists="file")
 
 

@@ -140,11 +140,23 @@ class Family(Protocol):
         """What webui calls this base model, such as sd_v1."""
 
 
-def fingerprint(module: nn.Module, whole: bool = False) -> str:
-    """sha256 over names, shapes and values of a module's state (all values, or the first 64 of each tensor)."""
+def file_mark(folder: Path) -> str:
+    """sha256 over names, sizes and samples of the weight files in a folder: the same whatever dtype they are loaded in."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}{size}".encode())
+        with open(path, "rb") as file:
+            for index in range(65):
+                file.seek(max(0, size - 4096) * index // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
+def fingerprint(module: nn.Module) -> str:
+    """sha256 over names, shapes, dtypes and all values of a module's state."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
-        values = tensor.detach().flatten() if whole else tensor.detach().flatten()[:64]
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(values.cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().flatten().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -38,10 +38,9 @@ def _near(folder: Path) -> str:
 
 
 def _from_hub(source: str, revision: str | None, variant: str | None, key: str) -> tuple[Path, list[str]]:
-    try:
-        return _download(source, revision, variant, local_only=True), []
-    except OSError:
-        pass  # not in the cache: ask the hub
+    cached = _cached(source, revision, variant)
+    if cached:
+        return cached, []
     moved = MOVED.get(source, source)
     notices = [] if moved == source else [f"{source} was withdrawn from the hub; taking {moved}, the same weights."]
     try:
@@ -49,6 +48,16 @@ def _from_hub(source: str, revision: str | None, variant: str | None, key: str) 
     except OSError as error:  # every error of the hub client is one
         also = f" {source} was withdrawn from the hub; {moved} holds the same weights and was asked for." if moved != source else ""
         raise ConfigError(f"{key} = {source!r}: {_hub_reason(error)}{also}") from error
+
+
+def _cached(source: str, revision: str | None, variant: str | None) -> Path | None:
+    """The hub cache's folder of a model if it is whole; a download that was interrupted is not."""
+    try:
+        folder = _download(source, revision, variant, local_only=True)
+        check_complete(folder, [part for part, value in read_index(folder).items() if part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") and value])
+    except (OSError, ConfigError):
+        return None
+    return folder
 
 
 def _download(source: str, revision: str | None, variant: str | None, local_only: bool) -> Path:
@@ -60,6 +69,9 @@ def _download(source: str, revision: str | None, variant: str | None, local_only
 def _hub_reason(error: Exception) -> str:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+    kinds = GatedRepoError, RevisionNotFoundError, RepositoryNotFoundError
+    while error.__cause__ is not None and not isinstance(error, kinds):  # diffusers wraps them
+        error = error.__cause__
     if isinstance(error, GatedRepoError):
         return "the hub asks for a licence to be accepted first: accept it on the model's page, then `huggingface-cli login`."
     if isinstance(error, RevisionNotFoundError):

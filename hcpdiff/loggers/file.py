@@ -18,6 +18,7 @@ class FileLogger(Logger):
 
     def open(self, folder: Path, first_step: int, total_steps: int) -> None:
         self.total = total_steps
+        (folder / self.name).parent.mkdir(parents=True, exist_ok=True)
         self.file = open(folder / self.name, "a", encoding="utf-8")
         for line in self.waiting:
             self.file.write(line)

@@ -21,7 +21,11 @@ class LogHook(Hook):
 
     def __init__(self, logger: Logger, every: int, steps_per_epoch: int):
         self.logger, self.every, self.steps_per_epoch = logger, every, steps_per_epoch
-        self.since, self.counted = time.monotonic(), 0
+        self.since = time.monotonic()
+
+    def on_epoch_begin(self, trainer: Trainer, epoch: int) -> None:
+        if not trainer.records:  # prompts have just been encoded: that is no step's time
+            self.since = time.monotonic()
 
     def on_step_end(self, trainer: Trainer) -> None:
         step = trainer.state.step
@@ -114,11 +118,11 @@ class PreviewHook(Periodic):
         try:
             with weights_for_use(trainer.optimizer):
                 images = self.draw()
-        except HCPError as error:  # a picture is no reason to lose a run
+            folder = self.run / "previews"
+            folder.mkdir(exist_ok=True)
+            for index, image in enumerate(images):
+                image.save(folder / f"{step}-{index}.png")
+        except (HCPError, OSError, torch.OutOfMemoryError) as error:  # a picture is no reason to lose a run
             self.logger.say(f"warning: the preview of step {step} could not be drawn: {error}")
             return
-        folder = self.run / "previews"
-        folder.mkdir(exist_ok=True)
-        for index, image in enumerate(images):
-            image.save(folder / f"{step}-{index}.png")
         self.logger.images(step, "preview", images)

@@ -1,6 +1,7 @@
 """The only place that wires a run together: config -> model, data, trainables -> trainer, hooks, loggers."""
 
 import json
+import re
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ import torch
 
 from .. import device as machine
 from ..checkpoint import format as lora_format
+from ..checkpoint.io import write_atomic
 from ..checkpoint.resume import find_run, load_state
 from ..config.build import build, check_target
 from ..config.load import Loaded
@@ -17,9 +19,9 @@ from ..config.schema import RunConfig
 from ..data.dataset import build_train_data
 from ..data.plan import Position
 from ..diffusion.objective import PREDICTIONS, DiscreteObjective
-from ..errors import ConfigError, HCPError
+from ..errors import CheckpointError, ConfigError, HCPError, NonFiniteError
 from ..families import detect
-from ..families.base import Models, fingerprint
+from ..families.base import Models, file_mark, fingerprint
 from ..families.source import resolve
 from ..loggers import LoggerGroup
 from ..loss import make_loss
@@ -44,13 +46,13 @@ class Run:
         self.device, self.started = parallel.device, time.monotonic()
         self.dtype = machine.compute_dtype(self.cfg.mixed_precision, self.device)
         self.accumulation = self.cfg.train.gradient_accumulation_steps
+        self.phase = "loading the model"
         self.geometry = (8, 4)  # of every usual model; only faults of the data depend on it before the model is found
         self.log = LoggerGroup([])
 
     def train(self) -> int:
         """Runs from start to end; returns the exit code: 0, or 128 + the number of the signal that stopped it."""
         try:
-            self._open_loggers()
             self._set_up_machine()
             self._read_inputs()
             self._load_model()
@@ -62,16 +64,27 @@ class Run:
             trainer.hooks += self._hooks() if self.parallel.main else []
             if self.device.type != "cpu":
                 self.log.say(probe(trainer, self.data.largest_batch(), self.geometry))
+            self.phase = "training"
             with StopRequest() as stop:
-                finished = trainer.fit(stop)
+                finished = self._fit(trainer, stop)
             how = "done:" if finished else "stopped:"
             self.log.say(f"{how} step {trainer.state.step} after {time.monotonic() - self.started:.0f} s, peak memory {machine.peak_memory(self.device)}. "
                          f"Everything is in {self.folder}")
             if not finished:
                 self.log.say(f"to go on: the same command with train.resume={self.folder}")
+        except torch.OutOfMemoryError as error:
+            raise HCPError(f"out of memory while {self.phase}. Other programs on the device, data.<dataset>.batch_size, bucket.target_area and "
+                           f"model.gradient_checkpointing decide how much is needed.") from error
         finally:
             self.log.close()
         return 0 if finished else 128 + (stop.signal or signal.SIGTERM)
+
+    def _fit(self, trainer: Trainer, stop: StopRequest) -> bool:
+        try:
+            return trainer.fit(stop)
+        except HCPError as error:  # from here on one process may fail alone: then it must speak itself
+            error.this_rank_only = self.parallel.world > 1 and not isinstance(error, NonFiniteError)
+            raise
 
     # -- before anything is written: every fault is found here ---------------------------------------------------------------------------------
 
@@ -80,7 +93,7 @@ class Run:
             self.log = LoggerGroup([build(spec, "logger", f"logger[{i}]", self.allow) for i, spec in enumerate(self.cfg.logger)])
         for file in self.loaded.files:
             self.log.say(f"config: {file}")
-        for notice in self.loaded.notices:
+        for notice in (*self.loaded.notices, *self.notices):
             self.log.say(f"note: {notice}")
 
     def _set_up_machine(self) -> None:
@@ -91,6 +104,8 @@ class Run:
     def _read_inputs(self) -> None:
         """Base model, optimizer and data are looked at before anything large is read; all their faults come in one message."""
         faults: list[str] = []
+        for i, spec in enumerate(self.cfg.logger):
+            collect(faults, lambda: faults.extend(check_target(spec, "logger", f"logger[{i}]", self.allow)))
         collect(faults, self._find_model)
         collect(faults, lambda: faults.extend(check_target(self.cfg.train.optimizer, "optimizer", "train.optimizer", self.allow)))
         if self.cfg.train.lr_scheduler:
@@ -99,6 +114,7 @@ class Run:
         collect(faults, self._index_data)
         if faults:
             raise ConfigError(faults)
+        self._open_loggers()
 
     def _find_model(self) -> None:
         model = self.cfg.model
@@ -106,8 +122,7 @@ class Run:
         self.family = detect(self.base)
         self.family.check(self.base, vae=model.vae)
         self.geometry = self.family.latent_geometry(self.base)
-        for notice in notices:
-            self.log.say(f"note: {notice}")
+        self.notices = notices
 
     def _find_folder(self) -> None:
         self.resumed, self.automatic = None, "exp_dir" in self.loaded.timed
@@ -126,43 +141,67 @@ class Run:
         name = model.pretrained_model_name_or_path if not Path(model.pretrained_model_name_or_path).exists() else self.base.resolve().name
         parts = [*(component.name for component in self.family.components), "vae"]
         self.models = self.family.load(self.base, name, parts, self.dtype, model.vae, model.variant)
+        if model.noise_scheduler:
+            scheduler = build(model.noise_scheduler, "noise_scheduler", "model.noise_scheduler", self.allow)
+            if not hasattr(scheduler, "alphas_cumprod"):
+                raise ConfigError(f"model.noise_scheduler: {type(scheduler).__name__} is for another kind of model; a DDPM-like scheduler (with alphas_cumprod) is needed.")
+            self.models.scheduler_config = dict(scheduler.config)
         if model.prediction_type != "auto":
             self.models.scheduler_config = {**self.models.scheduler_config, "prediction_type": model.prediction_type}
-        self.base_mark = fingerprint(self.models.unet)
+        self.base_mark = file_mark(self.base / "unet")
         self.attention = machine.set_attention(self.models.unet, self.cfg.model.attention, "model.attention")
-        if model.clip_skip >= self.models.text_encoder.config.num_hidden_layers:
-            raise ConfigError(f"model.clip_skip = {model.clip_skip}: the text encoder has {self.models.text_encoder.config.num_hidden_layers} layers.")
 
     def _attach_adapters(self) -> None:
         self.trainables, faults = [], []
         for component in self.family.components:
             groups = getattr(self.cfg, component.config_key)
-            if not groups:
-                continue
-            trainable = LoraTrainable(component, groups, component.config_key)
-            collect(faults, lambda: trainable.attach(self.models, self.cfg.seed))
-            self.trainables.append(trainable)
+            if groups:
+                trainable = LoraTrainable(component, groups, component.config_key)
+                collect(faults, lambda: trainable.attach(self.models, self.cfg.seed))
+                self.trainables.append(trainable)
+        for check in (self._check_clip_skip, self._objective, self._check_previews):
+            collect(faults, check)
         if faults:
             raise ConfigError(faults)
         self._start_from_files()
         for trainable in self.trainables:
             for lora in trainable.adapters.values():
                 lora.to(self.device)  # the optimizer is made of these, before the frozen weights follow
-            if self.cfg.model.gradient_checkpointing:
-                self.family.checkpointing(self.models, trainable.component.name)
-                self.models.modules[trainable.component.name].train()  # the libraries recompute in train mode only; SD has no dropout of its own
+        if self.cfg.model.gradient_checkpointing:
+            for name in dict.fromkeys(["unet", *(trainable.component.name for trainable in self.trainables)]):  # the backward pass always goes through the UNet
+                self.family.checkpointing(self.models, name)
+                self.models.modules[name].train()  # the libraries recompute in train mode only; SD has no dropout of its own
+
+    def _check_clip_skip(self) -> None:
+        layers = self.models.text_encoder.config.num_hidden_layers
+        if self.cfg.model.clip_skip >= layers:
+            raise ConfigError(f"model.clip_skip = {self.cfg.model.clip_skip}: the text encoder has {layers} layers.")
+
+    def _check_previews(self) -> None:
+        if self.cfg.preview.prompts:
+            from ..vis.preview import check_preview
+
+            check_preview(self.models, self.cfg.preview)
 
     def _start_from_files(self) -> None:
-        for trainable in self.trainables:
-            key = "init_lora" if trainable.component.name == "unet" else "init_lora_TE"
+        """One file may hold both parts (webui); what the run has no place for is an error or is said."""
+        by_name = {trainable.component.name: trainable for trainable in self.trainables}
+        for key, name in (("init_lora", "unet"), ("init_lora_TE", "text_encoder")):
             path = getattr(self.cfg.model, key)
             if not path:
                 continue
-            layers = lora_format.load_lora(path).layers.get(trainable.component.name)
-            if not layers:
-                raise ConfigError(f"model.{key} = {path!r} holds no LoRA of the {trainable.component.name}.")
-            for notice in trainable.load(layers, path):
-                self.log.say(notice)
+            if name not in by_name:
+                raise ConfigError(f"model.{key} = {path!r}, but lora_{name} is null: nothing would be done with it.")
+            file = lora_format.load_lora(path)
+            if not file.layers.get(name):
+                raise ConfigError(f"model.{key} = {path!r} holds no LoRA of the {name}.")
+            for other, layers in file.layers.items():
+                if other == name or (key == "init_lora" and other in by_name and not self.cfg.model.init_lora_TE):
+                    notices = by_name[other].load(layers, path)
+                else:
+                    notices = [f"note: {path}: its {len(layers)} layers of the {other} are not used."]
+                for notice in (*notices, *(file.notices if other == name else ())):
+                    self.log.say(notice)
 
     # -- the folder and what is made in it --------------------------------------------------------------------------------------------
 
@@ -172,7 +211,10 @@ class Run:
             self.folder = Path(self.parallel.share(str(path)))
         if self.parallel.main:
             name = "cfg.yaml" if not self.resumed else f"cfg-resumed-{step}.yaml"
-            (self.folder / name).write_text(self.loaded.yaml, encoding="utf-8")
+            text = self.loaded.yaml
+            if str(self.folder) != self.cfg.exp_dir:  # the name was taken and got a suffix
+                text = re.sub(r"^exp_dir:.*$", lambda _: f"exp_dir: {json.dumps(str(self.folder))}", text, flags=re.MULTILINE)
+            write_atomic(self.folder / name, lambda file: file.write(text.encode("utf-8")))
         self.log.open(self.folder, step, self.total_steps)
         self.log.say(f"run folder: {self.folder}")
 
@@ -202,12 +244,15 @@ class Run:
 
     def _cache(self) -> None:
         """Models to the device; latents are encoded once; what is not needed any more is let go."""
-        self.said = time.monotonic()
+        self.said, self.phase = time.monotonic(), "encoding latents"
         self.models.vae.to(self.device)
         exchange = self.parallel.gather if self.parallel.world > 1 else None
-        self.data.cache_latents(self._encode_latents, fingerprint(self.models.vae, whole=True), self.parallel.rank, self.parallel.world, exchange, self._caching)
-        if self.data.all_cached and not self.cfg.preview.prompts:
-            self.models.drop("vae")
+        self.data.cache_latents(self._encode_latents, fingerprint(self.models.vae), self.parallel.rank, self.parallel.world, exchange, self._caching)
+        if self.data.all_cached:
+            self.models.vae.to("cpu")  # previews fetch it when they draw
+            if not self.cfg.preview.prompts:
+                self.models.drop("vae")
+        self.phase = "moving the model to the device"
         for part in ("unet", "text_encoder"):
             self.models.modules[part].to(self.device)
 
@@ -230,10 +275,6 @@ class Run:
     def _objective(self) -> DiscreteObjective:
         train, prediction = self.cfg.train, self._prediction()
         alphas = self.family.alphas_cumprod(self.models)
-        if self.cfg.model.noise_scheduler:
-            scheduler = build(self.cfg.model.noise_scheduler, "noise_scheduler", "model.noise_scheduler", self.allow)
-            alphas = scheduler.alphas_cumprod
-            prediction = prediction if self.cfg.model.prediction_type != "auto" else scheduler.config.prediction_type
         if prediction not in PREDICTIONS:
             raise ConfigError(f"the base model's scheduler predicts {prediction!r}; supported: {', '.join(PREDICTIONS)}.")
         top = train.max_timestep or len(alphas)
@@ -253,7 +294,7 @@ class Run:
         if self.resumed:
             for note in resume_notes(self.resumed["run"], self._described()):
                 self.log.say(f"note: {note}")
-            restore(trainer, self.trainables, self.resumed, Position)
+            restore(trainer, self.trainables, self.resumed, Position, frozenset(train.optimizer) - {"_target_", "_partial_"})
         return trainer
 
     def _step(self) -> tuple[DenoisingStep, FrozenText | None]:

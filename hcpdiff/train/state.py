@@ -24,6 +24,7 @@ def training_state(trainer: Trainer, trainables: Sequence) -> dict[str, Any]:
         "skipped": [trainer.state.skipped, trainer.state.skipped_in_row],
         "loss_scale": [trainer.loss_scale.value, trainer.loss_scale.clean],
         "optimizer": trainer.optimizer.state_dict(),
+        "layout": layout(trainables),
         "adapters": {t.component.name: {path: {"down": lora.down, "up": lora.up} for path, lora in t.adapters.items()} for t in trainables},
     }
 
@@ -50,10 +51,20 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
     return {path: tree}
 
 
-def restore(trainer: Trainer, trainables: Sequence, state: Mapping[str, Any], position: Callable) -> None:
-    """Puts a trainer where `training_state` was taken; faults are named, and nothing is loaded half."""
+def layout(trainables: Sequence) -> list[list[str]]:
+    """Which layers each parameter group holds, in order: optimizer state knows its parameters by place only."""
+    return [[path for path in t.adapters if t.group_of[path] == index] for t in trainables for index in range(len(t.groups))]
+
+
+def restore(trainer: Trainer, trainables: Sequence, state: Mapping[str, Any], position: Callable, options: frozenset[str] = frozenset()) -> None:
+    """Puts a trainer where `training_state` was taken; faults are named, and nothing is loaded half.
+
+    `options` are the optimizer's arguments that the config of this run sets: they hold, as the lr does.
+    """
     faults = [line for t in trainables for line in _differences(t, state["adapters"].get(t.component.name, {}))]
     faults += [f"the state trained {name}, this config does not." for name in state["adapters"] if name not in {t.component.name for t in trainables}]
+    if not faults and state["layout"] != layout(trainables):
+        faults = ["the same layers are in other groups, or the groups in another order."]
     if faults:
         raise CheckpointError(["train.resume: the state belongs to another configuration:", *faults])
     with torch.no_grad():
@@ -61,15 +72,16 @@ def restore(trainer: Trainer, trainables: Sequence, state: Mapping[str, Any], po
             for path, tensors in state["adapters"][t.component.name].items():
                 t.adapters[path].down.copy_(tensors["down"])
                 t.adapters[path].up.copy_(tensors["up"])
-    trainer.optimizer.load_state_dict(_on_device(state["optimizer"], trainer))
+    trainer.optimizer.load_state_dict(_own_options(state["optimizer"], trainer, options))
     trainer.state.step, trainer.state.positions = state["step"], [position(*p) for p in state["positions"]]
     trainer.state.skipped, trainer.state.skipped_in_row = state["skipped"]
     trainer.loss_scale.value, trainer.loss_scale.clean = state["loss_scale"]
 
 
-def _on_device(optimizer_state: dict, trainer: Trainer) -> dict:
-    """The saved optimizer state under this run's own lr settings: a resumed run may have been given another lr."""
-    groups = [{**saved, **{key: own[key] for key in ("initial_lr", "lr", "name")}} for saved, own in zip(optimizer_state["param_groups"], trainer.optimizer.param_groups)]
+def _own_options(optimizer_state: dict, trainer: Trainer, options: frozenset[str]) -> dict:
+    """The saved optimizer state under this run's own settings: a resumed run may have been given another lr or weight decay."""
+    kept = {"initial_lr", "lr", "name", *options}
+    groups = [{**saved, **{key: own[key] for key in kept if key in own}} for saved, own in zip(optimizer_state["param_groups"], trainer.optimizer.param_groups)]
     return {**optimizer_state, "param_groups": groups}
 
 

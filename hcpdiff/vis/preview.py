@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..config.schema import PreviewConfig
+from ..errors import ConfigError
 from ..families.base import Conditioning, Family, Models
 from . import components, encode, pipeline
 from .prompt import Parsed, parse
@@ -31,6 +32,23 @@ def encode_preview_prompts(models: Models, cfg: PreviewConfig, clip_skip: int = 
             return encode.encode(models, prompt, repeats, clip_skip=clip_skip)
 
         return PreviewPrompts(tuple(map(one, prompts, chunks)), tuple(one(negative, repeats) for repeats in chunks))
+
+
+def check_preview(models: Models, cfg: PreviewConfig) -> None:
+    """ConfigError for prompts that do not parse and sizes that the model cannot draw; before the training, not at the first preview."""
+    faults = []
+    texts = [("preview.neg_prompt", cfg.neg_prompt), *((f"preview.prompts[{n}]", text) for n, text in enumerate(cfg.prompts))]
+    for where, text in texts:
+        try:
+            parse(text, where=where)
+        except ConfigError as error:
+            faults += error.faults
+    try:
+        pipeline.size_of(pipeline.assemble(models, components.base_scheduler(models.scheduler_config)), cfg.width, cfg.height, "preview.")
+    except ConfigError as error:
+        faults += error.faults
+    if faults:
+        raise ConfigError(faults)
 
 
 def evaluating_text(models: Models):

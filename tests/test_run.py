@@ -1,0 +1,158 @@
+"""Config keys of a training run and what they do, in one process on a tiny model."""
+
+import re
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from hcpdiff import device as machine
+from hcpdiff.config.load import load
+from hcpdiff.config.schema import RunConfig
+from hcpdiff.errors import ConfigError, HCPError
+from hcpdiff.train.parallel import Parallel
+from hcpdiff.train.run import Run
+
+CONFIG = """
+train: {{train_steps: 2, cpu_threads: 1, log_step: 1, optimizer: {{_target_: torch.optim.SGD}}}}
+model: {{pretrained_model_name_or_path: '{model}'}}
+lora_unet:
+  - {{lr: 1.0, rank: 2, layers: ['re:.*attn2\\.to_k$']}}
+data:
+  one:
+    batch_size: 2
+    source: {{a: {{img_root: images, word_names: {{pt1: thing}}}}}}
+    bucket: {{target_area: 4096, num_bucket: 1}}
+"""
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, tiny_sd1):
+    """train('key=value', ...) -> (the finished Run, its log, its losses)."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        Image.effect_noise((64, 64), 20 * i + 20).save(tmp_path / "images" / f"{i}.png")
+    numbers = iter(range(99))
+
+    def go(*overrides: str, model=tiny_sd1):
+        (tmp_path / "cfg.yaml").write_text(CONFIG.format(model=model), encoding="utf-8")
+        run = Run(load("cfg.yaml", [f"exp_dir=run{next(numbers)}", *overrides], RunConfig), Parallel())
+        assert run.train() == 0
+        log = (run.folder / "train.log").read_text(encoding="utf-8")
+        return run, log, [float(value) for value in re.findall(r"loss (\d+\.\d+)", log)]
+
+    return go
+
+
+def files(run, stem="unet"):
+    return {path.name: load_file(path) for path in (run.folder / "ckpts").glob(f"{stem}-*.safetensors")}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_fp32_adapters_to_nearly_the_same_loss(train, precision):
+    run, log, losses = train(f"mixed_precision={precision}")
+    assert next(run.models.unet.conv_in.parameters()).dtype == machine.DTYPES[precision] and precision in log
+    assert all(lora.down.dtype == torch.float32 for lora in run.trainables[0].adapters.values())
+    assert losses == pytest.approx(train()[2], rel=0.02)
+
+
+def test_gradient_checkpointing_reaches_the_unet_also_for_the_text_encoder_alone(train):
+    words = ["lora_unet=null", "lora_text_encoder=[{lr: 1.0, rank: 2, layers: ['re:.*self_attn$']}]"]
+    run, _, losses = train(*words, "model.gradient_checkpointing=true")
+    assert run.models.unet.is_gradient_checkpointing and run.models.text_encoder.is_gradient_checkpointing
+    other, _, expected = train(*words)
+    assert losses == expected and not other.models.unet.is_gradient_checkpointing
+    for name, tensors in files(run, "text_encoder").items():
+        assert all(torch.allclose(tensors[key], files(other, "text_encoder")[name][key], atol=1e-6) for key in tensors)
+
+
+def test_previews_are_drawn_and_change_nothing(train):
+    run, _, losses = train("preview.prompts=['a {cat:1.2}', dog]", "preview.every=1", "preview.num_inference_steps=2")
+    assert sorted(path.name for path in (run.folder / "previews").iterdir()) == ["1-0.png", "1-1.png", "2-0.png", "2-1.png"]
+    assert losses == train()[2]
+
+
+def test_faults_that_need_the_model_come_together(train):
+    with pytest.raises(ConfigError) as caught:
+        train("preview.prompts=['a {cat']", "preview.width=63", "model.clip_skip=50", "train.max_timestep=5000", "lora_unet.0.layers=['re:nothing']")
+    text = str(caught.value)
+    assert all(part in text for part in ("preview.prompts[0]", "preview.width", "clip_skip = 50", "max_timestep", "re:nothing"))
+
+
+def test_a_preview_that_fails_does_not_end_the_run(train, monkeypatch):
+    def fail(*args, **keys):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("hcpdiff.vis.preview.draw_previews", fail)
+    _, log, _ = train("preview.prompts=[cat]")
+    assert "warning: the preview of step 2 could not be drawn: no memory" in log
+
+
+def test_out_of_memory_says_in_which_phase(train, monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("hcpdiff.families.sd.StableDiffusion.posterior", fail)
+    with pytest.raises(HCPError, match="out of memory while encoding latents"):
+        train()
+
+
+@pytest.mark.parametrize("key", ["train.noise_offset=0.5", "train.loss.min_snr_gamma=0.5", "train.loss.type=l1", "model.prediction_type=v_prediction", "model.clip_skip=1",
+                                 "model.tokenizer_repeats=2", "train.min_timestep=900", "train.max_timestep=10", "train.noise_offset=0.1", "seed=7",
+                                 "model.noise_scheduler={_target_: diffusers.DDPMScheduler, prediction_type: sample}"])
+def test_keys_of_the_objective_reach_the_loss(train, key):
+    assert train(key)[2] != train()[2]
+
+
+def test_the_noise_scheduler_is_reported_and_checked(train):
+    assert "predicts v_prediction" in train("model.noise_scheduler={_target_: diffusers.DDPMScheduler, prediction_type: v_prediction}")[1]
+    with pytest.raises(ConfigError, match="another kind of model"):
+        train("model.noise_scheduler={_target_: diffusers.FlowMatchEulerDiscreteScheduler}")
+
+
+def test_attention_kernels_agree(train):
+    assert train("model.attention=eager")[2] == pytest.approx(train()[2], rel=1e-4)
+
+
+def test_save_dtype_keep_states_and_scale_lr(train):
+    run, log, _ = train("train.save_dtype=fp16", "train.save_step=1", "train.keep_states=1", "train.scale_lr=true")
+    assert {tensor.dtype for name in files(run) for key, tensor in files(run)[name].items() if "lora" in key} == {torch.float16}
+    assert [path.name for path in (run.folder / "states").iterdir()] == ["2"] and len(files(run)) == 2 and "lr unet 2.00e+00" in log
+
+
+def test_sd2_trains_v_prediction(train, tiny_sd2):
+    run, log, losses = train(model=tiny_sd2)
+    assert "sd_v2_v, predicts v_prediction" in log and len(losses) == 2
+
+
+def test_a_run_starts_from_a_webui_file_with_both_parts(train):
+    words = ["lora_text_encoder=[{lr: 1.0, rank: 2, layers: ['re:.*self_attn$']}]"]
+    first, _, _ = train(*words)
+    from hcpdiff.checkpoint.convert import to_webui
+    from hcpdiff.families.webui import BY_NAME
+
+    layers = {trainable.component.name: trainable.export() for trainable in first.trainables}
+    webui = to_webui(layers, next(family for name, family in BY_NAME.items() if name in ("sd1", "sd_v1")))
+    save_file({key: tensor.contiguous() for key, tensor in webui.tensors.items()}, "both.safetensors")
+    again, log, _ = train(*words, "model.init_lora=both.safetensors", "train.optimizer={_target_: torch.optim.SGD}", "lora_unet.0.lr=0", "lora_text_encoder.0.lr=0")
+    for stem in ("unet", "text_encoder"):
+        old, new = files(first, stem)[f"{stem}-2.safetensors"], files(again, stem)[f"{stem}-2.safetensors"]
+        assert old.keys() == new.keys() and all(torch.allclose(old[key], new[key]) for key in old)
+    assert "layers of the text_encoder are not used" in train("model.init_lora=both.safetensors")[1]
+    with pytest.raises(ConfigError, match="nothing would be done"):
+        train("model.init_lora_TE=both.safetensors")
+
+
+def test_cfg_yaml_names_the_folder_that_was_made(train, tmp_path):
+    (tmp_path / "exps" / "now").mkdir(parents=True)
+    run, _, _ = train("exp_dir=exps/${hcp.time:now}")
+    assert run.folder.name == "now-2" and 'exp_dir: "exps/now-2"' in (run.folder / "cfg.yaml").read_text(encoding="utf-8")
+    assert load(str(run.folder / "cfg.yaml"), [], RunConfig).timed == {"exp_dir"}
+
+
+def test_a_run_can_be_resumed_under_another_precision(train):
+    run, _, _ = train("mixed_precision=bf16")
+    _, log, _ = train(f"train.resume={run.folder}", "mixed_precision=fp32", "train.train_steps=3", f"exp_dir={run.folder}")
+    assert "resumed with another mixed_precision: 'bf16' before, 'fp32' now" in log
