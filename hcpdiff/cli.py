@@ -60,7 +60,7 @@ def config_parser(prog: str, description: str, epilog: str | None = None) -> Par
     parser.takes_overrides = True
     parser.add_argument("--cfg", metavar="FILE", help="the config file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key=value",
-                        help="replaces a value of the file: train.train_epochs=10 lora_unet.0.rank=8; '---' deletes a key")
+                        help="replaces a value of the file, by its dotted name (a list's elements by number); '---' deletes a key")
     parser.add_argument("--allow-target", action="append", default=[], metavar="PREFIX",
                         help="also accept _target_ classes from this Python package (it runs its code); may be repeated")
     return parser

@@ -11,7 +11,7 @@ EXAMPLE = """example:
       lora_alpha=0.8 \\
       prompt='masterpiece, best quality, 1girl, {a red scarf:1.2}' seed=42 bs=2 num=2
 
-Every key is explained in docs/en/user_guides/infer.md.
+Every key is explained in docs/en/user_guides/config.md.
 """
 
 

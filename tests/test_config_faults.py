@@ -155,3 +155,10 @@ def test_configs_of_the_ancestor_mean_what_they_meant(tmp_path):
 def test_unknown_transforms_and_targets_of_the_ancestor_are_faults(tmp_path):
     found = faults(tmp_path, "data.dataset1._target_=hcpdiff.data.Other", "data.dataset1.source.source1.text_transforms={_target_: a.b.Strange}")
     assert len(found) == 2 and "leave it out" in found[0] and "was removed; use tag_shuffle" in found[1]
+
+
+def test_a_bad_value_behind_an_expression_names_where_it_was_written(tmp_path):
+    (fault,) = faults(tmp_path, "unet_lr=abc")
+    assert "lora_unet[0].lr = 'abc' (run.yaml:4, through ${unet_lr} of command line)" in fault
+    (fault,) = faults(tmp_path, text=SMALL.replace("0.0006", "0,0006"))
+    assert "(run.yaml:4, through ${unet_lr} of run.yaml:2)" in fault

@@ -61,7 +61,7 @@ def runs(tmp_path_factory, tiny_sd1):
     (place / "cfg.yaml").write_text(CONFIG.format(model=tiny_sd1), encoding="utf-8")
     run(place, "exp_dir=whole")
     assert interrupted(place, "exp_dir=parts") == 130
-    output = run(place, "train.resume=parts")
+    output = run(place, "train.resume=parts", "exp_dir=elsewhere")
     return place / "whole", place / "parts", output
 
 
@@ -93,5 +93,6 @@ def test_tensorboard_has_each_step_once_with_the_same_values(runs):
 
 
 def test_the_log_says_where_it_went_on_and_the_folder_is_the_same(runs):
+    assert "exp_dir = 'elsewhere' is not used: the run goes on in parts" in runs[2] and not (runs[1].parent / "elsewhere").exists()
     (step,) = re.findall(r"resumed after step (\d)", runs[2])
     assert step in "56" and (runs[1] / f"cfg-resumed-{step}.yaml").is_file() and (runs[1] / "ckpts" / f"unet-{step}.safetensors").is_file()

@@ -157,7 +157,10 @@ def test_latest_is_the_newest_resumable_run(tmp_path):
 def test_a_chosen_folder_must_be_new_and_an_automatic_one_gets_a_suffix(tmp_path):
     chosen = tmp_path / "run"
     claim(str(chosen), automatic=False)
-    with pytest.raises(ConfigError, match="not empty.*train.resume"):
+    with pytest.raises(ConfigError, match="not empty. Choose another .it holds no training state"):
+        claim(str(chosen), automatic=False)
+    save_state(chosen, 1, {"step": 1}, keep=1)
+    with pytest.raises(ConfigError, match="not empty. Choose another, or go on there with train.resume="):
         claim(str(chosen), automatic=False)
     assert claim(str(chosen), automatic=True).name == "run-2"
     (tmp_path / "file").write_text("")

@@ -87,7 +87,10 @@ class Resolver:
         self.budget -= _size(value, self.budget)
         if self.budget < 0:
             raise ExpressionError(f"grows beyond {MOST_VALUES} values")
-        return at(type(value)(value), text.origin) if isinstance(value, Text) else value
+        if not isinstance(value, Text):
+            return value
+        origin = text.origin if value.origin.layer < 0 else text.origin._replace(via=f"{text} of {value.origin}")
+        return at(type(value)(value), origin)
 
     def _as_text(self, value: Any) -> str:
         if isinstance(value, (Map, Seq)):

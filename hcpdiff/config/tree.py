@@ -18,16 +18,20 @@ DELETE = "---"
 
 
 class Origin(NamedTuple):
-    """Where a value was written. `layer` counts upwards in the order of merging; `file` is None for the command line."""
+    """Where a value was written. `layer` counts upwards in the order of merging; `file` is None for the command line.
+
+    `via` is the expression that brought it from elsewhere, and where that is.
+    """
 
     layer: int = -1
     file: Path | None = None
     line: int = 0
+    via: str = ""
 
     def __str__(self) -> str:
         if self.layer < 0:
             return "default"
-        return f"{self.file}:{self.line}" if self.file else "command line"
+        return (f"{self.file}:{self.line}" if self.file else "command line") + (f", through {self.via}" if self.via else "")
 
 
 class Map(dict):

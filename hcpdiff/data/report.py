@@ -70,8 +70,12 @@ def bucket_rows(data: TrainDataset) -> list[tuple[tuple[int, int], int, float, f
 
 def first_prompts(data: "TrainData", count: int = _PROMPTS) -> list[tuple[str, str]]:
     """(image, prompt) of the first samples of the training, as the model will see them."""
-    step, _ = data.plan.step(data.plan.start_of(0), 0)
-    refs = [ref for micro in step.micro for ref in micro.samples][:count]
+    refs: list = []
+    for step, _ in data.plan.epoch_steps(data.plan.start_of(0)):
+        refs += [ref for micro in step.micro for ref in micro.samples]
+        if len(refs) >= count:
+            break
+    refs = refs[:count]
     return [(data.datasets[ref.dataset].image_id(ref.image), data.maker.prompt(ref)) for ref in refs]
 
 

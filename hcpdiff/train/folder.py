@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from ..checkpoint.resume import states
 from ..errors import ConfigError
 
 
@@ -10,7 +11,8 @@ def check(exp_dir: str, automatic: bool) -> None:
     """ConfigError if `claim` would refuse, found before anything that takes time."""
     folder = Path(exp_dir)
     if not automatic and folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"exp_dir = {exp_dir!r} is not empty. Choose another, or go on there with train.resume={exp_dir}.")
+        way = f", or go on there with train.resume={exp_dir}" if states(folder) else " (it holds no training state to go on from)"
+        raise ConfigError(f"exp_dir = {exp_dir!r} is not empty. Choose another{way}.")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ConfigError(f"exp_dir = {exp_dir!r} cannot be made: {there} is a file, not a folder.")

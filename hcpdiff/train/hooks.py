@@ -21,7 +21,7 @@ class LogHook(Hook):
 
     def __init__(self, logger: Logger, every: int, steps_per_epoch: int):
         self.logger, self.every, self.steps_per_epoch = logger, every, steps_per_epoch
-        self.since = time.monotonic()
+        self.since, self.first = time.monotonic(), True
 
     def on_epoch_begin(self, trainer: Trainer, epoch: int) -> None:
         if not trainer.records:  # prompts have just been encoded: that is no step's time
@@ -30,7 +30,8 @@ class LogHook(Hook):
     def on_step_end(self, trainer: Trainer) -> None:
         step = trainer.state.step
         self.logger.advance(step)
-        if step % self.every == 0 or step == trainer.total_steps:
+        if self.first or step % self.every == 0 or step == trainer.total_steps:
+            self.first = False  # a first line at once: loss, and how long it will take
             self.flush(trainer)
 
     def flush(self, trainer: Trainer) -> None:

@@ -46,7 +46,7 @@ class Run:
         self.device, self.started = parallel.device, time.monotonic()
         self.dtype = machine.compute_dtype(self.cfg.mixed_precision, self.device)
         self.accumulation = self.cfg.train.gradient_accumulation_steps
-        self.phase = "loading the model"
+        self.phase, self.said_before = "loading the model", []
         self.geometry = (8, 4)  # of every usual model; only faults of the data depend on it before the model is found
         self.log = LoggerGroup([])
 
@@ -93,7 +93,7 @@ class Run:
             self.log = LoggerGroup([build(spec, "logger", f"logger[{i}]", self.allow) for i, spec in enumerate(self.cfg.logger)])
         for file in self.loaded.files:
             self.log.say(f"config: {file}")
-        for notice in (*self.loaded.notices, *self.notices):
+        for notice in (*self.loaded.notices, *self.said_before):
             self.log.say(f"note: {notice}")
 
     def _set_up_machine(self) -> None:
@@ -122,7 +122,7 @@ class Run:
         self.family = detect(self.base)
         self.family.check(self.base, vae=model.vae)
         self.geometry = self.family.latent_geometry(self.base)
-        self.notices = notices
+        self.said_before += notices
 
     def _find_folder(self) -> None:
         self.resumed, self.automatic = None, "exp_dir" in self.loaded.timed
@@ -130,6 +130,8 @@ class Run:
             folder.check(self.cfg.exp_dir, self.automatic)
         else:
             self.folder = find_run(self.cfg.train.resume)
+            if not self.automatic and Path(self.cfg.exp_dir).resolve() != self.folder.resolve():
+                self.said_before.append(f"exp_dir = {self.cfg.exp_dir!r} is not used: the run goes on in {self.folder}")
             self.resumed = load_state(self.folder)
 
     def _index_data(self) -> None:
@@ -234,7 +236,7 @@ class Run:
             "precision": f"{machine.SHORT[self.dtype]} (LoRA weights fp32), attention {self.attention}",
             "base model": f"{self.models.name} ({self.family.base_version(self.models)}, predicts {self._prediction()})", "seed": cfg.seed,
             "images per step": f"{per_step} (batch {batch}, processes {self.parallel.world}, accumulation {self.accumulation})",
-            "length": f"{self.total_steps} steps, {self.data.steps_per_epoch} an epoch" + (f"; resumed after step {step}" if step else ""),
+            "length": f"{self.total_steps} steps, {self.data.steps_per_epoch} an epoch" + (f"; {self.folder} resumed after step {step}" if step else ""),
             "optimizer": f"{train.optimizer['_target_']}, {train.lr_scheduler['_target_'] if train.lr_scheduler else train.scheduler.name}",
         }))
         self.log.say(report.layers_table(self.trainables))
@@ -292,9 +294,10 @@ class Run:
             max_nonfinite=train.max_nonfinite, fp16=self.dtype == torch.float16)
         trainer.state.positions = self.data.plan.start_of(0)
         if self.resumed:
-            for note in resume_notes(self.resumed["run"], self._described()):
-                self.log.say(f"note: {note}")
+            notes = resume_notes(self.resumed["run"], self._described())
             restore(trainer, self.trainables, self.resumed, Position, frozenset(train.optimizer) - {"_target_", "_partial_"})
+            for note in notes:
+                self.log.say(f"note: {note}")
         return trainer
 
     def _step(self) -> tuple[DenoisingStep, FrozenText | None]:

@@ -66,7 +66,7 @@ def restore(trainer: Trainer, trainables: Sequence, state: Mapping[str, Any], po
     if not faults and state["layout"] != layout(trainables):
         faults = ["the same layers are in other groups, or the groups in another order."]
     if faults:
-        raise CheckpointError(["train.resume: the state belongs to another configuration:", *faults])
+        raise CheckpointError([f"train.resume: the state belongs to another configuration: {fault} Start from the run's own cfg.yaml." for fault in faults])
     with torch.no_grad():
         for t in trainables:
             for path, tensors in state["adapters"][t.component.name].items():

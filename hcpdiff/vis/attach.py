@@ -66,7 +66,7 @@ def read(source: LoraSource) -> Loaded:
     if source.path_TE:
         text = {component: found for component, found in files[-1].layers.items() if component != "unet"}
         if not any(text.values()):
-            raise LayerMatchError(f"{source.key}: {source.path_TE} holds no layers of a text encoder.")
+            raise LayerMatchError(f"{'lora_path_TE' if source.key.startswith('lora_path') else source.key + '.path_TE'}: {source.path_TE} holds no layers of a text encoder.")
         layers = {"unet": layers["unet"]} | text if "unet" in layers else text
     elif not source.text:
         layers = {component: found for component, found in layers.items() if component == "unet"}
@@ -74,7 +74,10 @@ def read(source: LoraSource) -> Loaded:
             raise LayerMatchError(f"{source.key}: {source.path} holds layers of the text encoder only, and path_TE is null.")
     if source.layers is not None:
         layers = chosen(layers, source.layers, f"{source.key}.layers")
-    return Loaded(source, layers, tuple(notice for file in files for notice in file.notices), files[0].metadata.get(META_BASE_VERSION))
+    notices = [notice for file in files for notice in file.notices]
+    if source.path and not layers.get("unet"):
+        notices.append(f"{source.key}: {source.path} holds the text encoder's part only; the UNet is drawn without a LoRA.")
+    return Loaded(source, layers, tuple(notices), files[0].metadata.get(META_BASE_VERSION))
 
 
 def chosen(layers: Mapping[str, Layers], patterns: Sequence[str], key: str) -> dict[str, Layers]:
