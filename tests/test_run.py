@@ -156,3 +156,13 @@ def test_a_run_can_be_resumed_under_another_precision(train):
     run, _, _ = train("mixed_precision=bf16")
     _, log, _ = train(f"train.resume={run.folder}", "mixed_precision=fp32", "train.train_steps=3", f"exp_dir={run.folder}")
     assert "resumed with another mixed_precision: 'bf16' before, 'fp32' now" in log
+
+
+@pytest.mark.parametrize("learns,times", [([], 1), (["lora_text_encoder=[{lr: 1.0, rank: 2, layers: ['re:.*self_attn$']}]"], 2)])
+def test_preview_prompts_are_encoded_once_unless_the_encoder_learns(train, monkeypatch, learns, times):
+    from hcpdiff.vis import preview
+
+    encode, calls = preview.encode_preview_prompts, []
+    monkeypatch.setattr(preview, "encode_preview_prompts", lambda *args, **keys: calls.append(1) or encode(*args, **keys))
+    train("preview.prompts=[cat]", "preview.every=1", "preview.num_inference_steps=2", *learns)
+    assert len(calls) == times

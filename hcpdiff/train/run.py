@@ -47,6 +47,7 @@ class Run:
         self.dtype = machine.compute_dtype(self.cfg.mixed_precision, self.device)
         self.accumulation = self.cfg.train.gradient_accumulation_steps
         self.phase, self.said_before = "loading the model", []
+        self.preview_prompts = None
         self.geometry = (8, 4)  # of every usual model; only faults of the data depend on it before the model is found
         self.log = LoggerGroup([])
 
@@ -335,10 +336,16 @@ class Run:
         return hooks
 
     def _draw(self) -> list:
-        from ..vis.preview import draw_previews
+        from ..vis.preview import draw_previews, encode_preview_prompts
 
+        clip_skip = self.cfg.model.clip_skip
+        prompts = self.preview_prompts
+        if prompts is None:
+            prompts = encode_preview_prompts(self.models, self.cfg.preview, clip_skip)
+            if not any("text" in trainable.touches for trainable in self.trainables):
+                self.preview_prompts = prompts  # a frozen encoder says the same every time
         size = self.data.first_size()
-        return draw_previews(self.models, self.family, self.cfg.preview, width=size[0], height=size[1], clip_skip=self.cfg.model.clip_skip)
+        return draw_previews(self.models, self.family, self.cfg.preview, width=size[0], height=size[1], prompts=prompts, clip_skip=clip_skip)
 
     def _metadata(self) -> dict[str, str]:
         cfg = self.cfg
