@@ -20,6 +20,7 @@ Under a launcher every process exits with the code, and only rank 0 prints the u
 import argparse
 import difflib
 import os
+import re
 import sys
 import time
 import traceback
@@ -28,6 +29,7 @@ from typing import NoReturn
 
 from .errors import ConfigError, HCPError
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a name or value of a stranger's file could steer the terminal
 INTERRUPTED = 130  # 128 + SIGINT, as shells count it
 GRACE = 2.0  # seconds
 
@@ -156,7 +158,7 @@ def report(error: HCPError, debug: bool = False) -> None:
 
 def message(error: HCPError) -> str:
     """The text shown for an error: one fault on one line, several as a list."""
-    faults = [fault.replace("\n", "\n    ") for fault in error.faults]
+    faults = [CONTROL.sub(lambda found: repr(found[0])[1:-1], fault).replace("\n", "\n    ") for fault in error.faults]
     if len(faults) == 1:
         return f"error: {faults[0]}"
     return "\n".join([f"error: {len(faults)} faults", *(f"  - {fault}" for fault in faults)])

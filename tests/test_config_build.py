@@ -22,7 +22,7 @@ def test_the_optimizer_holds_the_parameters_it_is_given():
 
 @pytest.mark.parametrize("target, says", [
     ("torch.utils.collect_env.run", "is a function"), ("torch.hub.load", "is a function"), ("torch.os.listdir", "is a function"), ("torch.utils.cpp_extension.load_inline", "is a function"),
-    ("builtins.eval", "not among those allowed"), ("os.system", "not among those allowed"), ("torch.optim", "is a module"), ("torch.optim.Adamw", "Nearest: Adam"), ("torch.nn.Linear", "another kind"),
+    ("builtins.eval", "not among those allowed"), ("os.system", "not among those allowed"), ("torch.optim", "is a module"), ("torch.optim.Adamw", "Nearest: torch.optim.AdamW"), ("torch.nn.Linear", "another kind"),
     ("torch.optim.Optimizer", "only the base class"), ("torch.optim.AdamW.step", "is a function"), ("torch.optim.AdamW.__init__", "is a function"), ("torch.load", "is a function"),
     ("diffusers.DDIMScheduler", "another kind"), ("prodigyopt_x.Prodigy", "not among"), ("torch.optim.AdamW.mro", "is a function"), ("torch.os.PathLike", "another kind"), ("torch.nope.X", "torch has no nope"),
 ])

@@ -88,12 +88,32 @@ def _attributes(found: Any, name: str, rest: list[str], target: str) -> Any:
         try:
             found = getattr(found, part)
         except AttributeError:
-            near = difflib.get_close_matches(part, dir(found), n=3)
+            near = near_names(part, dir(found))
             raise ConfigError(f"'{target}': {name} has no {part}" + (f". Nearest: {', '.join(near)}" if near else "")) from None
         except Exception as error:  # lazy modules import on access
             raise ConfigError(f"'{target}' cannot be imported: {_first_line(error)}") from error
         name += f".{part}"
     return found
+
+
+def near_names(name: str, known: Sequence[str]) -> list[str]:
+    """Up to three public names that look like this one; one that differs in letter case only comes first, alone."""
+    spelt = {other.casefold(): other for other in known if not other.startswith("_")}
+    if name.casefold() in spelt:
+        return [spelt[name.casefold()]]
+    return [spelt[other] for other in difflib.get_close_matches(name.casefold(), spelt, n=3)]
+
+
+def near_classes(target: str, bases: tuple[str, ...]) -> str:
+    """'. Nearest: torch.optim.AdamW' for classes of these kinds, beside their base class, whose name looks like the target's."""
+    found = []
+    for base in () if bases is NESTED else bases:
+        home = base.rpartition(".")[0]
+        for name in near_names(target.rpartition(".")[2], dir(importlib.import_module(home))):
+            thing = getattr(importlib.import_module(home), name)
+            if inspect.isclass(thing) and issubclass(thing, _classes(bases)) and f"{home}.{name}" not in (target, *bases):
+                found.append(f"{home}.{name}")
+    return f". Nearest: {', '.join(found)}" if found else ""
 
 
 def _not_installed(target: str, module: str) -> str:
@@ -107,10 +127,12 @@ def _target_faults(spec: Mapping, bases: tuple[str, ...], where: str, allow: Seq
     try:
         found = locate(target)
     except ConfigError as error:
-        return [f"{where}._target_: {fault}" for fault in error.faults] + _nested_faults(spec, where, allow)
+        near = "" if "not installed" in str(error) else near_classes(target, bases)
+        faults = [fault.partition(". Nearest:")[0] + near if near else fault for fault in error.faults]  # classes of the right kind are the better hint
+        return [f"{where}._target_: {fault}" for fault in faults] + _nested_faults(spec, where, allow)
     fault = _kind_fault(found, target, bases, allow)
     if fault:
-        return [f"{where}._target_ = '{target}' {fault}", *_nested_faults(spec, where, allow)]
+        return [f"{where}._target_ = '{target}' {fault}{near_classes(target, bases)}", *_nested_faults(spec, where, allow)]
     return argument_faults(found, spec, where, provided) + _nested_faults(spec, where, allow)
 
 

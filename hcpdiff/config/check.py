@@ -14,7 +14,10 @@ from .walk import Leaf, shown_value
 # Packages whose classes a `_target_` may name: ours, those we build on, and packages of optimizers.
 ALLOWED = ("hcpdiff", "torch", "diffusers", "transformers", "accelerate", "peft",
            "prodigyopt", "bitsandbytes", "schedulefree", "pytorch_optimizer", "torchao", "dadaptation", "lion_pytorch")
-REFUSED_KEYS = ("trust_remote_code", "custom_pipeline", "custom_revision")
+# Arguments of the libraries' loaders that run code from outside: of a repository, of a pickle, of a kernel.
+REFUSED_KEYS = ("trust_remote_code", "custom_pipeline", "custom_revision", "code_revision", "weights_only", "pickle_module", "use_kernels", "allow_all_kernels",
+                "kernel_config")
+KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")  # 'name/name' is a kernel on the hub
 TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$", re.ASCII)
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 QUOTED = "It starts with a single quote: cmd.exe hands them on, use double quotes there"
@@ -50,6 +53,8 @@ def _below(value: Any, where: str, allow: tuple[str, ...]) -> list[str]:
     for name, item in value.items():
         if name in REFUSED_KEYS:
             faults.append(f"{where}.{name} is refused: it runs code from outside")
+        elif name in KERNEL_KEYS and "/" in str(item):
+            faults.append(f"{where}.{name} = {shown_value(item)} is refused: it runs code from outside; write sdpa or eager")
         elif name == "_target_":
             faults += target_name_fault(item, f"{where}._target_", allow)
         else:
@@ -62,8 +67,10 @@ def target_name_fault(target: Any, where: str, allow: Sequence[str] = ()) -> lis
     if not isinstance(target, str) or not TARGET.match(target):
         return [f"{where} = {shown_value(target)}: write package.module.Class"]
     if not allowed(target, allow):
-        return [f"{where} = '{target}': its package is not among those allowed ({', '.join(ALLOWED)}); "
-                f"--allow-target {target.split('.')[0]} on the command line adds it (it runs that package's code)"]
+        package, rest = target.split(".", 1)
+        near = difflib.get_close_matches(package, ALLOWED, n=1, cutoff=0.75)
+        hint = f"Nearest: {near[0]}.{rest}" if near else f"--allow-target {package} on the command line adds it (it runs that package's code)"
+        return [f"{where} = '{target}': its package is not among those allowed ({', '.join(ALLOWED)}). {hint}"]
     return []
 
 

@@ -9,6 +9,7 @@ import datetime
 import math
 import operator
 import re
+import warnings
 from dataclasses import dataclass
 
 RESOLVERS = ("hcp.eval", "hcp.time", "times")
@@ -130,7 +131,9 @@ def evaluate(text: str) -> int | float:
     if len(text) > 500:
         raise ExpressionError("hcp.eval takes at most 500 characters")
     try:
-        return _value(ast.parse(text.strip(), mode="eval").body, text)
+        with warnings.catch_warnings(action="ignore"):  # Python warns of `1if`, which is refused below
+            tree = ast.parse(text.strip(), mode="eval")
+        return _value(tree.body, text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ExpressionError(f"hcp.eval cannot read '{text}': {_ALLOWED}") from None
     except (ZeroDivisionError, OverflowError, TypeError) as error:

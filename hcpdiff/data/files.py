@@ -1,7 +1,10 @@
 """Files below a folder, and text files read as UTF-8. Standard library only; what is wrong is appended to a list of faults."""
 
 import os
+import re
 from pathlib import Path
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")  # also what turns the direction of text around
 
 
 def list_below(folder: str | Path, where: str, faults: list[str]) -> list[str]:
@@ -67,5 +70,5 @@ def one_line(text: str) -> str:
 
 
 def shown(name: str) -> str:
-    """A file name as text that any log can hold: bytes that are not UTF-8 (names out of an old zip) become \\udc.. escapes."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+    """A file name as text that any log or terminal can hold: bytes that are not UTF-8 (names out of an old zip) and control characters are escaped."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], name.encode("utf-8", "backslashreplace").decode("utf-8"))

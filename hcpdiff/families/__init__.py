@@ -13,6 +13,6 @@ FAMILIES: dict[str, type] = {StableDiffusion.pipeline: StableDiffusion}
 def detect(folder: Path, key: str = MODEL_KEY) -> Family:
     """The family of a diffusers folder, from its model_index.json."""
     pipeline = read_index(folder, key).get("_class_name")
-    if pipeline not in FAMILIES:
-        raise ConfigError(f"{key} = {str(folder)!r} is a {pipeline}; supported: {', '.join(FAMILIES)} (Stable Diffusion 1.x and 2.x).")
+    if not isinstance(pipeline, str) or pipeline not in FAMILIES:
+        raise ConfigError(f"{key} = {str(folder)!r} is a {str(pipeline)[:80]}; supported: {', '.join(FAMILIES)} (Stable Diffusion 1.x and 2.x).")
     return FAMILIES[pipeline]()

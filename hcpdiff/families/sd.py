@@ -6,9 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from . import clip_text
 from .base import Component, Conditioning, Models, Tokens
-from .source import MODEL_KEY, check_complete, load_whole, read_json
+from .source import MODEL_KEY, check_complete, find_part, load_or_fault, load_whole, read_json
+
+VAE_KEY = "model.vae"
+MOST_TIMESTEPS = 1_000_000  # published models have 1000
 
 
 class StableDiffusion:
@@ -30,7 +34,7 @@ class StableDiffusion:
         modules = {part: self._load_part(folder, part, dtype, vae, variant, key) for part in parts}
         for module in modules.values():
             module.requires_grad_(False).eval()
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        tokenizer = load_or_fault(CLIPTokenizer, folder / "tokenizer", key, {})
         models = Models(self, folder, name, modules, {"tokenizer": tokenizer}, self._scheduler_config(folder))
         if "vae" in modules:  # what latents need of the VAE outlives it
             models.extra["latent_scale"] = models.vae.config.scaling_factor
@@ -39,9 +43,23 @@ class StableDiffusion:
 
     def check(self, folder: Path, parts: Sequence[str] = ("unet", "text_encoder", "vae"), vae: str | None = None,
               key: str = MODEL_KEY) -> None:
-        """ConfigError that names every file of the parts, the tokenizer and the scheduler that is not there."""
+        """ConfigError that names every file of the parts, the tokenizer and the scheduler that is not there or cannot be used."""
         needed = [part for part in parts if not (part == "vae" and vae)]
-        check_complete(folder, [*needed, "tokenizer", "scheduler"], key)
+        faults: list[str] = []
+        for check in (lambda: check_complete(folder, [*needed, "tokenizer", "scheduler"], key), lambda: self._check_numbers(folder), lambda: vae and find_part(vae, "vae", VAE_KEY)):
+            try:
+                check()
+            except ConfigError as error:
+                faults += error.faults
+        if faults:
+            raise ConfigError(faults)
+
+    def _check_numbers(self, folder: Path) -> None:
+        """The noise schedule can be made and the VAE's geometry read, where their files are there."""
+        if (folder / "scheduler" / "scheduler_config.json").is_file():
+            _schedule(self._scheduler_config(folder), folder / "scheduler" / "scheduler_config.json")
+        if (folder / "vae" / "config.json").is_file():
+            self.latent_geometry(folder)
 
     def _load_part(self, folder: Path, part: str, dtype: torch.dtype, vae: str | None, variant: str | None, key: str) -> torch.nn.Module:
         from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -49,23 +67,25 @@ class StableDiffusion:
 
         kind = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}[part]
         own_vae = part == "vae" and vae
-        place = folder / part
-        if own_vae:
-            place = Path(vae) / "vae" if (Path(vae) / "vae").is_dir() else Path(vae) if Path(vae).is_dir() else vae
-        options = {"dtype" if part == "text_encoder" else "torch_dtype": torch.float32 if part == "vae" else dtype}
+        place, options = find_part(vae, "vae", VAE_KEY) if own_vae else (folder / part, {})
+        options["dtype" if part == "text_encoder" else "torch_dtype"] = torch.float32 if part == "vae" else dtype
+        if part == "text_encoder":
+            options["attn_implementation"] = "sdpa"  # its config.json could name a kernel on the hub: code
         if variant is not None and not own_vae:
             options["variant"] = variant
-        return load_whole(kind, place, "model.vae" if own_vae else key, options)
+        return load_whole(kind, place, VAE_KEY if own_vae else key, options)
 
     def _scheduler_config(self, folder: Path) -> dict:
-        from diffusers import DDPMScheduler
-
-        return dict(DDPMScheduler.load_config(folder / "scheduler"))
+        return read_json(folder / "scheduler" / "scheduler_config.json")
 
     def latent_geometry(self, folder: Path) -> tuple[int, int]:
         """(pixels per latent cell and side, latent channels) from the VAE's config; 8 and 4 for every published model."""
-        config = read_json(folder / "vae" / "config.json")
-        return 2 ** (len(config["block_out_channels"]) - 1), config["latent_channels"]
+        path = folder / "vae" / "config.json"
+        config = read_json(path)
+        blocks, channels = config.get("block_out_channels"), config.get("latent_channels")
+        if not isinstance(blocks, list) or not 1 <= len(blocks) <= 8 or type(channels) is not int or not 1 <= channels <= 1024:
+            raise ConfigError(f"{path} is not the config of a VAE: block_out_channels = {str(blocks)[:60]}, latent_channels = {str(channels)[:60]}.")
+        return 2 ** (len(blocks) - 1), channels
 
     def aliases(self, component: str, path: str) -> tuple[str, ...]:
         """Text-encoder modules are known with and without `text_model.`."""
@@ -106,9 +126,7 @@ class StableDiffusion:
 
     def alphas_cumprod(self, models: Models) -> Tensor:
         """(T,) float32, zero terminal SNR included where the config asks for it."""
-        from diffusers import DDPMScheduler
-
-        return DDPMScheduler.from_config(models.scheduler_config).alphas_cumprod
+        return _schedule(models.scheduler_config, models.folder / "scheduler").alphas_cumprod
 
     def checkpointing(self, models: Models, component: str) -> None:
         """Turns gradient checkpointing on for the UNet or the text encoder."""
@@ -123,3 +141,16 @@ class StableDiffusion:
         if not models.unet.config.use_linear_projection:
             return "sd_v1"
         return "sd_v2_v" if models.scheduler_config.get("prediction_type") == "v_prediction" else "sd_v2"
+
+
+def _schedule(config: Mapping, place: Path):
+    """The noise schedule that a scheduler's config describes, as DDPM; ConfigError names `place` where there is none."""
+    from diffusers import DDPMScheduler
+
+    steps = config.get("num_train_timesteps", 1000)
+    if type(steps) is not int or not 1 <= steps <= MOST_TIMESTEPS:
+        raise ConfigError(f"{place}: num_train_timesteps = {str(steps)[:60]} must be a whole number from 1 to {MOST_TIMESTEPS}.")
+    try:
+        return DDPMScheduler.from_config(dict(config))
+    except Exception as error:  # constructors raise what a wrong value makes of them; the user needs the file's name
+        raise ConfigError(f"{place}: no noise schedule can be made of it: {(str(error).splitlines() or [type(error).__name__])[0]}") from error

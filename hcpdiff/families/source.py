@@ -2,6 +2,8 @@
 
 import difflib
 import json
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -45,7 +47,7 @@ def _from_hub(source: str, revision: str | None, variant: str | None, key: str) 
     notices = [] if moved == source else [f"{source} was withdrawn from the hub; taking {moved}, the same weights."]
     try:
         return _download(moved, revision, variant, local_only=False), notices
-    except OSError as error:  # every error of the hub client is one
+    except (OSError, ValueError) as error:  # every error of the hub client is an OSError; diffusers refuses code in a repository with ValueError
         also = f" {source} was withdrawn from the hub; {moved} holds the same weights and was asked for." if moved != source else ""
         raise ConfigError(f"{key} = {source!r}: {_hub_reason(error)}{also}") from error
 
@@ -55,9 +57,41 @@ def _cached(source: str, revision: str | None, variant: str | None) -> Path | No
     try:
         folder = _download(source, revision, variant, local_only=True)
         check_complete(folder, [part for part, value in read_index(folder).items() if part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") and value])
-    except (OSError, ConfigError):
+    except (OSError, ValueError, ConfigError):
         return None
     return folder
+
+
+def find_part(source: str, part: str, key: str) -> tuple[Path | str, dict]:
+    """Where another model's part lies, as (place, options) for `from_pretrained`: a folder, its sub-folder `part`, or a hub id.
+
+    Only the small config.json is asked of the hub. ConfigError where there is no such part.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        place = folder / part if (folder / part).is_dir() else folder
+        faults = _missing(place.parent, place.name)
+        if faults:
+            raise ConfigError([f"{key} = {source!r} is no {part} in diffusers format:"] + faults)
+        return place, {}
+    if folder.is_file() or _looks_local(source):
+        what = "is a file; a folder" if folder.is_file() else f"is no folder here (working directory: {Path.cwd()}).{_near(folder)} A folder"
+        raise ConfigError(f"{key} = {source!r} {what} in diffusers format or a hub id (name/name) is needed.")
+    try:
+        for options in ({}, {"subfolder": part}):
+            try:
+                hf_hub_download(source, "config.json", **options)
+                return source, options
+            except LocalEntryNotFoundError:  # also an EntryNotFoundError, but says nothing about the hub
+                raise
+            except EntryNotFoundError:
+                continue
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key} = {source!r}: {_hub_reason(error)}") from error
+    raise ConfigError(f"{key} = {source!r}: the hub's model has no config.json in it or in {part}/, so it is no {part} in diffusers format.")
 
 
 def _download(source: str, revision: str | None, variant: str | None, local_only: bool) -> Path:
@@ -70,6 +104,8 @@ def _hub_reason(error: Exception) -> str:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     kinds = GatedRepoError, RevisionNotFoundError, RepositoryNotFoundError
+    if isinstance(error, ValueError) and not isinstance(error, OSError):
+        return f"it is refused: {_first_line(error)}"
     while error.__cause__ is not None and not isinstance(error, kinds):  # diffusers wraps them
         error = error.__cause__
     if isinstance(error, GatedRepoError):
@@ -92,18 +128,21 @@ def read_index(folder: Path, key: str = MODEL_KEY) -> dict:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file of a model folder."""
+    """A JSON file of a model folder, a map."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is a {type(value).__name__}; it must be a JSON map {{...}}.")
+    return value
 
 
 def check_complete(folder: Path, parts: list[str], key: str = MODEL_KEY) -> None:
     """Raises ConfigError that names every missing piece of the parts: config, weights, tokenizer files."""
     faults = [fault for part in parts for fault in _missing(folder, part)]
     if faults:
-        raise ConfigError([f"{key} = {str(folder)!r} is incomplete:"] + faults)
+        raise ConfigError([f"{key} = {str(folder)!r} is incomplete or cannot be used:"] + faults)
 
 
 def _missing(folder: Path, part: str) -> list[str]:
@@ -118,18 +157,47 @@ def _missing(folder: Path, part: str) -> list[str]:
     faults = [] if (place / "config.json").is_file() else [f"  {part}/ has no config.json."]
     if not any(next(place.glob(pattern), None) for pattern in WEIGHTS):
         faults.append(f"  {part}/ has no weights (.safetensors or .bin).")
-    return faults
+    if (place / "adapter_config.json").is_file():
+        faults.append(f"  {part}/ holds adapter_config.json: an adapter that would bring another model's files. Take it out, or merge it into the weights.")
+    return faults + [fault for index in sorted(place.glob("*.index.json")) for fault in _stray_shards(index)]
+
+
+def _stray_shards(index: Path) -> list[str]:
+    """Weight files that an index names outside its own folder."""
+    try:
+        named = read_json(index).get("weight_map")
+    except ConfigError as error:
+        return [f"  {fault}" for fault in error.faults]
+    if not isinstance(named, Mapping) or not all(isinstance(name, str) for name in named.values()):
+        return [f"  {index} has no map of weights to files."]
+    stray = sorted({name for name in named.values() if Path(name).name != name or "\\" in name})
+    return [f"  {index} names files outside its folder, such as {stray[0]!r}."] if stray else []
 
 
 def load_whole(kind: type, place: Path | str, key: str, options: dict):
     """`kind.from_pretrained(place)`, refused where the files do not hold every weight (the libraries would draw random ones)."""
-    try:
-        module, info = kind.from_pretrained(place, output_loading_info=True, **options)
-    except Exception as error:  # loaders raise whatever a damaged file makes of them; the user needs the file's name
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"{key}: {place} cannot be loaded as {kind.__name__}: {reason[0]}") from error
+    module, info = load_or_fault(kind, place, key, {**options, "output_loading_info": True})
     faults = [f"{len(info[name])} weights {what}, such as {sorted(map(str, info[name]))[0]}"
               for name, what in (("missing_keys", "are missing"), ("mismatched_keys", "have another shape")) if info.get(name)]
     if faults:
         raise ConfigError(f"{key}: {place} is not a whole {kind.__name__}: {'; '.join(faults)}.")
     return module
+
+
+def load_or_fault(kind: type, place: Path | str, key: str, options: dict):
+    """`kind.from_pretrained(place)`; whatever a damaged file makes its loader raise becomes a ConfigError that names the place."""
+    try:
+        return kind.from_pretrained(place, **options)
+    except Exception as error:  # loaders raise anything; the user needs the file's name
+        reason = "a pickle in it is damaged, or holds more than tensors (which may run code when it is read)" if _is_pickle_fault(error) else _first_line(error)
+        raise ConfigError(f"{key}: {place} cannot be loaded as {kind.__name__}: {reason}") from error
+
+
+def _is_pickle_fault(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, pickle.UnpicklingError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

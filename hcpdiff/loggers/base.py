@@ -4,6 +4,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import ConfigError
+
+
+def below(folder: Path, name: str) -> Path:
+    """`folder / name`; ConfigError where that lies outside the folder, by '..' or by a link: a config or a run folder may be a stranger's."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"logger: {name!r} lies outside the run folder {folder}; loggers write inside it only.")
+    return path
+
+
+def checked_name(name: Any, key: str) -> str:
+    """A name below the run folder, as a logger's constructor takes it; ConfigError for one that is none or leads out."""
+    parts = Path(name).parts if isinstance(name, str) and "\0" not in name else ()
+    if not parts or Path(name).is_absolute() or ".." in parts or "\\" in name or ":" in name:
+        raise ConfigError(f"logger: {key} = {name!r} must be a name inside the run folder, such as 'train.log'.")
+    return name
+
 
 class Logger:
     """One place to which a run reports; only rank 0 has loggers."""
@@ -45,6 +63,8 @@ class LoggerGroup(Logger):
     """Several loggers as one."""
 
     def __init__(self, loggers: Sequence[Logger]):
+        if not all(isinstance(logger, Logger) for logger in loggers):
+            raise ConfigError("logger: LoggerGroup is not for configs: list the loggers themselves.")
         self.loggers = list(loggers)
 
     open, say, scalars, progress = _each("open"), _each("say"), _each("scalars"), _each("progress")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .base import Logger
+from .base import Logger, below, checked_name
 from .console import progress_line
 
 
@@ -14,12 +14,13 @@ class FileLogger(Logger):
     """Appends to `<run folder>/train.log`; what is said before the folder exists is kept and written then."""
 
     def __init__(self, name: str = "train.log"):
-        self.name, self.file, self.waiting, self.total = name, None, [], 0
+        self.name, self.file, self.waiting, self.total = checked_name(name, "name"), None, [], 0
 
     def open(self, folder: Path, first_step: int, total_steps: int) -> None:
         self.total = total_steps
-        (folder / self.name).parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(folder / self.name, "a", encoding="utf-8")
+        path = below(folder, self.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "a", encoding="utf-8", errors="backslashreplace")
         for line in self.waiting:
             self.file.write(line)
         self.waiting.clear()

@@ -1,21 +1,24 @@
 """`tblog/` in the run folder, for TensorBoard."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
-from .base import Logger
+from .base import Logger, below, checked_name
 
 
 class TensorBoardLogger(Logger):
     """Scalars of every step and preview pictures; a resumed run hides what an interrupted one logged beyond its state."""
 
     def __init__(self, folder: str = "tblog"):
-        self.folder, self.writer = folder, None
+        self.folder, self.writer = checked_name(folder, "folder"), None
 
     def open(self, folder: Path, first_step: int, total_steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(folder / self.folder, purge_step=first_step + 1 if first_step else None)
+        with _nameless():
+            self.writer = SummaryWriter(below(folder, self.folder), purge_step=first_step + 1 if first_step else None)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -34,3 +37,16 @@ class TensorBoardLogger(Logger):
         if self.writer is not None:
             self.writer.close()
             self.writer = None
+
+
+@contextmanager
+def _nameless():
+    """TensorBoard puts the machine's name into its file's name; a run folder is often handed on, so inside it is `run`."""
+    from tensorboard.summary.writer import event_file_writer
+
+    socket = event_file_writer.socket
+    event_file_writer.socket = SimpleNamespace(gethostname=lambda: "run")
+    try:
+        yield
+    finally:
+        event_file_writer.socket = socket

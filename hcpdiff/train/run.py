@@ -141,7 +141,8 @@ class Run:
 
     def _load_model(self) -> None:
         model = self.cfg.model
-        name = model.pretrained_model_name_or_path if not Path(model.pretrained_model_name_or_path).exists() else self.base.resolve().name
+        local = Path(model.pretrained_model_name_or_path).expanduser().exists()
+        name = self.base.resolve().name if local else model.pretrained_model_name_or_path  # it goes into files: no local path
         parts = [*(component.name for component in self.family.components), "vae"]
         self.models = self.family.load(self.base, name, parts, self.dtype, model.vae, model.variant)
         if model.noise_scheduler:

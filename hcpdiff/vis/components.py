@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..config.build import build, check_target, locate
 from ..errors import ConfigError, HCPError
-from ..families.source import load_whole
+from ..families.source import load_or_fault, load_whole
 
 LOADER = ".from_pretrained"
 EXAMPLES = ("DDIMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler", "UniPCMultistepScheduler")
@@ -32,7 +32,10 @@ def base_scheduler(config: Mapping):
     if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
         raise ConfigError(f"pretrained_model: its scheduler is a {config.get('_class_name')}, which diffusers {diffusers.__version__} does not have. "
                           f"Name one in new_components.scheduler, such as _target_: diffusers.DPMSolverMultistepScheduler.")
-    return kind.from_config(config)
+    try:
+        return kind.from_config(config)
+    except Exception as error:  # constructors raise what a wrong value makes of them
+        raise ConfigError(f"pretrained_model: its scheduler cannot be made: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
 
 
 def build_scheduler(spec: Mapping, base, allow: Sequence[str]):
@@ -64,17 +67,9 @@ def build_part(name: str, spec: Mapping, allow: Sequence[str]):
     if spec["_target_"].endswith(LOADER) and SOURCE_ARGUMENT in spec and not nested:
         kind, place = locate(spec.pop("_target_").removesuffix(LOADER)), spec.pop(SOURCE_ARGUMENT)
         if name.startswith("tokenizer"):
-            return load_tokenizer(kind, place, where, spec)
+            return load_or_fault(kind, place, where, spec)
         return load_whole(kind, Path(place) if Path(place).is_dir() else place, where, spec)
     return build(spec, name, where, allow)
-
-
-def load_tokenizer(kind: type, place: str, where: str, options: Mapping):
-    """A tokenizer; its loaders raise many kinds of errors."""
-    try:
-        return kind.from_pretrained(place, **options)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{where}: {place} cannot be loaded as {kind.__name__}: {(str(error).strip().splitlines() or ['?'])[0]}") from error
 
 
 def build_all(specs: Mapping[str, Mapping], allow: Sequence[str]) -> dict:

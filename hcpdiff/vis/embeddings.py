@@ -4,11 +4,14 @@ A word with vectors gets new ids at the end of the text encoder's token table, s
 ordinary ids.
 """
 
+import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint.io import read_tensors
 from ..errors import CheckpointError, ConfigError
 
 SUFFIXES = (".pt", ".bin", ".safetensors")
@@ -54,33 +57,55 @@ def read(path: Path) -> dict:
     """Vectors (K, D) of an embedding file by where they belong: '' (the one encoder), or 'clip_l' and 'clip_g'.
 
     Takes A1111's `.pt` (string_to_param), `emb_params`, diffusers' {token: vector} and the SDXL pair; raises CheckpointError else. Pickles
-    are read with weights_only, so that a file cannot run code.
+    are read with weights_only, so that a file cannot run code, and nothing larger than the file itself is made of it.
     """
     import torch
 
-    try:
-        if path.suffix.lower() == ".safetensors":
-            from safetensors.torch import load_file
-
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # readers raise whatever a damaged file makes of them; the user needs the file's name
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"the embedding {path} cannot be read: {reason}") from error
+    content = read_tensors(path)[0] if path.suffix.lower() == ".safetensors" else _unpickled(path)
     if isinstance(content, Mapping) and isinstance(content.get("string_to_param"), Mapping):
         content = content["string_to_param"]
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)} if isinstance(content, Mapping) else {}
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, torch.Tensor)} if isinstance(content, Mapping) else {}
     if {"clip_l", "clip_g"} <= set(tensors):
         tensors = {name: tensors[name] for name in ("clip_l", "clip_g")}
     elif len(tensors) == 1:
         tensors = {"": next(iter(tensors.values()))}
     else:
-        raise CheckpointError(f"{path} is no embedding that is known (A1111's .pt, emb_params, one token, or clip_l + clip_g); it holds {sorted(tensors)[:5]}.")
-    tensors = {name: value.detach().float().reshape(-1, value.shape[-1]) if value.dim() else value for name, value in tensors.items()}
-    if any(value.dim() != 2 or not value.isfinite().all() for value in tensors.values()):
-        raise CheckpointError(f"{path}: the vectors are not finite, or have no width.")
-    return tensors
+        raise CheckpointError(f"{path} is no embedding that is known (A1111's .pt, emb_params, one token, or clip_l + clip_g); it holds {[name[:40] for name in sorted(tensors)[:5]]}.")
+    return {name: _vectors(value, path) for name, value in tensors.items()}
+
+
+def _unpickled(path: Path):
+    """What a file of torch.save holds, tensors only. A compressed archive (torch writes none) could unfold to any size: refused."""
+    import torch
+
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise CheckpointError(f"the embedding {path} is a compressed archive, which torch never writes: it may unfold to any size. It is not read.")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"the embedding {path} is damaged, or a pickle that holds more than tensors (which may run code when it is read). It is not read; "
+                              f"look for a .safetensors file of it.") from error
+    except Exception as error:  # readers raise whatever a damaged file makes of them; the user needs the file's name
+        raise CheckpointError(f"the embedding {path} cannot be read: {(str(error).strip().splitlines() or [type(error).__name__])[0]}") from error
+
+
+def _vectors(value, path: Path):
+    """A tensor of a file as (K, D) floats."""
+    import torch
+
+    whole = type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_nested and value.layout == torch.strided and value.device.type == "cpu" and value.is_floating_point()
+    if not whole or value.dim() == 0 or value.numel() == 0:
+        raise CheckpointError(f"{path}: the vectors are not a plain tensor of numbers with a width.")
+    if value.numel() * value.element_size() > path.stat().st_size:
+        raise CheckpointError(f"{path}: the vectors of shape {tuple(value.shape)} are larger than the file: it is damaged or made to deceive.")
+    value = value.detach().float().reshape(-1, value.shape[-1])
+    if not value.isfinite().all():
+        raise CheckpointError(f"{path}: the vectors are not finite.")
+    return value
 
 
 def add_words(models, files: Mapping[str, Path]) -> dict[str, dict[str, list[int]]]:

@@ -72,7 +72,7 @@ def inside(request: Request, picture: Picture, facts: Facts) -> dict:
         "program": "hcpdiff", "version": __version__, "prompt": request.texts[picture.prompt], "neg_prompt": request.neg_texts[picture.prompt],
         "prompt_syntax": cfg.prompt_syntax, "seed": picture.seed, "width": facts.width, "height": facts.height, "model": facts.model, "family": facts.family,
         "loras": [{"name": lora.name, "strength": lora.strength, "strength_TE": lora.strength_TE} for lora in request.loras], "clip_skip": cfg.clip_skip,
-        "infer_args": {**cfg.infer_args, "num_inference_steps": facts.steps, "guidance_scale": facts.guidance, "width": facts.width, "height": facts.height},
+        "infer_args": {**no_paths(cfg.infer_args), "num_inference_steps": facts.steps, "guidance_scale": facts.guidance, "width": facts.width, "height": facts.height},
         "scheduler": facts.scheduler, "new_components": {name: no_paths(spec) for name, spec in cfg.new_components.items()},
         "embeddings": list(facts.embeddings), "dtype": facts.dtype, **facts.versions,
     }
@@ -84,7 +84,8 @@ def no_paths(value):
         return {key: no_paths(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [no_paths(item) for item in value]
-    local = isinstance(value, str) and ("/" in value or "\\" in value) and (Path(value).expanduser().exists() or Path(value).is_absolute() or "\\" in value)
+    named = isinstance(value, str) and ("/" in value or "\\" in value)
+    local = named and ("\\" in value or value.startswith(("~", "/", "./", "../")) or Path(value).exists())
     return Path(value.replace("\\", "/")).name if local else value
 
 
