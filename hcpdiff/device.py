@@ -77,6 +77,13 @@ def check_build(way_out: str = "") -> None:
                           f'pip install "torch>=2.10,<2.14" --index-url https://download.pytorch.org/whl/cu128{way_out}')
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device; the host does not wait for what the device still has to do, as it would with a copy from ordinary memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def peak_memory(device: torch.device) -> str:
     """Highest memory use so far: allocated on a GPU, resident of this process on a CPU."""
     if device.type == "cuda":

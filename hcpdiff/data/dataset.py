@@ -12,7 +12,7 @@ from . import report as reports
 from .bucket import Buckets, fixed_buckets, ratio_buckets
 from .latent_cache import DiskStore, Encode, Entry, Exchange, MemoryStore, decoded_before
 from .loader import StepBatches, step_batches
-from .plan import DatasetPlan, MicroBatch, Plan, Position
+from .plan import DatasetPlan, MicroBatch, Plan, Position, Step
 from .sample import Batch, BatchMaker, TrainDataset, to_unit
 from .source import Source, read_source
 
@@ -203,6 +203,11 @@ class TrainData:
         if count is not None:
             steps = (pair for _, pair in zip(range(count), steps))
         return step_batches(steps, self.maker, self._attach, rank, world, self.workers)
+
+    def names(self, step: Step, world: int) -> list[list[list[tuple[str, float]]]]:
+        """(id, weight) of each sample of a step, by rank and micro-batch."""
+        return [[[(f"{self.datasets[ref.dataset].name}/{self.datasets[ref.dataset].image_id(ref.image)}", ref.weight) for ref in micro.samples]
+                 for micro in step.of_rank(rank, world)] for rank in range(world)]
 
     def report(self, console: Any) -> None:
         """Print what was found: sources, buckets, first prompts, prompts that are too long, notices."""

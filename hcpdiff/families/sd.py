@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..device import send
 from ..errors import ConfigError
 from . import clip_text
 from .base import Component, Conditioning, Models, Tokens
@@ -118,7 +119,7 @@ class StableDiffusion:
     def encode_text(self, models: Models, tokens: Tokens, clip_skip: int = 0) -> Conditioning:
         """Token ids (B,R,77) -> hidden (B, R*77, D)."""
         device = next(models.text_encoder.parameters()).device
-        return Conditioning(clip_text.encode_chunks(models.text_encoder, tokens.ids[0].to(device), clip_skip))
+        return Conditioning(clip_text.encode_chunks(models.text_encoder, send(tokens.ids[0], device), clip_skip))
 
     def denoise(self, models: Models, x_t: Tensor, t: Tensor, cond: Conditioning, extras: Mapping[str, Tensor]) -> Tensor:
         """The UNet's prediction (B,4,h,w)."""

@@ -18,10 +18,14 @@ def duration(seconds: float) -> str:
 def progress_line(step: int, total: int, values: Mapping[str, float]) -> str:
     """`step 20/100  loss 0.1234  lr 6.00e-04  1.52 steps/s  left 00:53`."""
     parts = [f"step {step}/{total}"]
-    parts += [f"{name} {value:.2e}" if name.startswith("lr") else f"{name} {value:.4f}" for name, value in values.items() if name not in ("speed", "left", "epoch")]
+    parts += [f"{name} {_number(name, value)}" for name, value in values.items() if name not in ("speed", "left", "epoch")]
     if "epoch" in values:
         parts.insert(1, f"epoch {values['epoch']:.2f}")
     return "  ".join([*parts, f"{values['speed']:.2f} steps/s", f"left {duration(values['left'])}"])
+
+
+def _number(name: str, value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.2e}" if name.startswith("lr") else f"{value:.4f}"
 
 
 class ConsoleLogger(Logger):

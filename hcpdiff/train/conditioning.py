@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..data.text_cache import TextCache
+from ..device import send
+from ..errors import ConfigError
 from ..families.base import Conditioning, Models
 from .trainer import Hook
 
@@ -31,6 +33,10 @@ class FrozenText(Hook):
     @torch.no_grad()
     def _items(self, prompts: list[str]) -> list[Conditioning]:
         cond = self.encode(prompts).to("cpu")
+        lost = [prompt for prompt, hidden in zip(prompts, cond.hidden) if not hidden.isfinite().all()]
+        if lost:
+            raise ConfigError([f"the text encoder gives values that are not finite for {prompt!r}, in {cond.hidden.dtype}. Set mixed_precision: fp32, or use another base model."
+                               for prompt in lost])
         return [cond.select(slice(i, i + 1)) for i in range(len(prompts))]
 
     def on_epoch_begin(self, trainer, epoch: int) -> None:
@@ -38,4 +44,5 @@ class FrozenText(Hook):
         self.cache.fill(self.epoch_prompts(trainer.state.positions))
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        return Conditioning.cat(self.cache.get(list(prompts))).to(self.device)
+        cond = Conditioning.cat(self.cache.get(list(prompts)))
+        return Conditioning(send(cond.hidden, self.device), None if cond.pooled is None else send(cond.pooled, self.device))

@@ -1,6 +1,9 @@
 """What happens beside the steps: logging, saving, previews."""
 
+import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ import torch
 
 from ..checkpoint.format import save_lora
 from ..checkpoint.resume import save_state
-from ..errors import CheckpointError, HCPError
+from ..errors import HCPError, NonFiniteError
 from ..loggers import Logger
 from .optim import weights_for_use
 from .state import training_state
@@ -22,9 +25,10 @@ class LogHook(Hook):
     def __init__(self, logger: Logger, every: int, steps_per_epoch: int):
         self.logger, self.every, self.steps_per_epoch = logger, every, steps_per_epoch
         self.since, self.first = time.monotonic(), True
+        self.usual = Usual()
 
     def on_epoch_begin(self, trainer: Trainer, epoch: int) -> None:
-        if not trainer.records:  # prompts have just been encoded: that is no step's time
+        if not trainer.records and trainer.pending is None:  # prompts have just been encoded: that is no step's time
             self.since = time.monotonic()
 
     def on_step_end(self, trainer: Trainer) -> None:
@@ -34,22 +38,62 @@ class LogHook(Hook):
             self.first = False  # a first line at once: loss, and how long it will take
             self.flush(trainer)
 
+    def on_nonfinite(self, trainer: Trainer) -> None:
+        self.flush(trainer)
+
     def flush(self, trainer: Trainer) -> None:
-        """Writes what has been recorded since the last call."""
+        """Writes what has been recorded since the last call. A step that changed nothing is recorded with the numbers that it had, NaN or infinite."""
         records = trainer.take_records()
         if not records:
             return
         for step, values in records:
             self.logger.scalars(step, values)
+        for line in self._warnings(trainer, records):
+            self.logger.say(f"warning: {line}")
         now = time.monotonic()
         speed = len(records) / max(1e-9, now - self.since)
         self.since = now
         step, last = records[-1]
-        shown = {"epoch": step / self.steps_per_epoch, "loss": sum(values["loss"] for _, values in records) / len(records), "grad_norm": last["grad_norm"],
+        shown = {"epoch": step / self.steps_per_epoch, "loss": mean_loss(records), "grad_norm": last["grad_norm"],
                  **{name.replace("lr/", "lr "): value for name, value in last.items() if name.startswith("lr/")}}
         if trainer.state.skipped:
             shown["skipped"] = trainer.state.skipped
+        if trainer.loss_scale.active:
+            shown |= {"loss_scale": int(trainer.loss_scale.value), "scale_skips": trainer.state.scale_skips}
         self.logger.progress(step, {**shown, "speed": speed, "left": (trainer.total_steps - step) / speed})
+
+
+    def _warnings(self, trainer: Trainer, records: list) -> list[str]:
+        skips = trainer.take_skips()
+        lines = [str(skip) for skip in skips[:5]] + [f"{len(skips) - 5} more of these steps changed nothing"] * (len(skips) > 5)
+        usual = self.usual.exceeded_by(mean_loss(records))
+        if usual is not None:
+            lines.append(f"the loss is {mean_loss(records):.4g} over the last {len(records)} steps; it was about {usual:.4g}. Training may have diverged: "
+                         f"a lower lr, or train.max_grad_norm, may help; earlier checkpoints are whole.")
+        return lines
+
+
+def mean_loss(records: Sequence[tuple[int, Mapping[str, float]]]) -> float:
+    """Mean loss of the steps that had one; NaN if none had."""
+    losses = [values["loss"] for _, values in records if math.isfinite(values["loss"])]
+    return sum(losses) / len(losses) if losses else math.nan
+
+
+class Usual:
+    """The median of the last intervals' mean losses, to notice one that has exploded and is still finite."""
+
+    def __init__(self):
+        self.means, self.high = deque(maxlen=50), False
+
+    def exceeded_by(self, mean: float) -> float | None:
+        """The usual loss, if this mean is more than ten times that, and more than a model costs that predicts nothing (1, for a target of unit variance)
+        twice over; else None, and the mean counts as usual. Said once, until it has come down."""
+        usual = statistics.median(self.means) if len(self.means) >= 5 else math.inf
+        high, was = mean > max(2.0, 10 * usual), self.high
+        self.high = high
+        if not high and math.isfinite(mean):
+            self.means.append(mean)
+        return usual if high and not was else None
 
 
 class Periodic(Hook):
@@ -68,6 +112,7 @@ class Periodic(Hook):
     def _once(self, trainer: Trainer) -> None:
         if self.last != trainer.state.step:
             self.last = trainer.state.step
+            trainer.settle()
             self.act(trainer)
 
     def act(self, trainer: Trainer) -> None:
@@ -100,7 +145,7 @@ class SaveHook(Periodic):
         layers = trainable.export()
         bad = [path for path, t in layers.items() if not (torch.isfinite(t.down).all() and torch.isfinite(t.up).all())]
         if bad:
-            raise CheckpointError(f"step {step} is not saved: {len(bad)} layers hold NaN or infinity, such as {bad[0]}. The checkpoints before it are whole.")
+            raise NonFiniteError(f"step {step} is not saved: {len(bad)} layers hold NaN or infinity, such as {bad[0]}. The checkpoints before it are whole.")
         path = self.run / "ckpts" / f"{trainable.component.file_stem}-{step}.safetensors"
         save_lora(path, layers, {**self.metadata, "step": str(step), "component": trainable.component.name}, dtype=self.dtype)
         return path

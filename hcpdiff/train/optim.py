@@ -70,13 +70,16 @@ def simulated_factor(make: Callable[[torch.optim.Optimizer], torch.optim.lr_sche
 class Gradients:
     """Every gradient as a view of one flat fp32 buffer, so that reduction, norm, clipping and clearing are one operation each.
 
-    Two more elements are summed over the processes with the gradients: the step's loss, and the wish of any process to stop.
+    Behind them, summed over the processes with them: `slots` (processes, micro-batches, 1 + samples), in which each process notes what Watch wants to know of
+    its micro-batches and leaves the others' zero; the step's loss; and the wish of any process to stop.
     """
 
-    def __init__(self, groups: Sequence[ParamGroup], device: torch.device):
+    def __init__(self, groups: Sequence[ParamGroup], device: torch.device, processes: int = 1, micro: int = 1, samples: int = 1):
         self.parameters = [p for group in groups for p in group.parameters]
-        self.flat = torch.zeros(sum(p.numel() for p in self.parameters) + 2, dtype=torch.float32, device=device)
-        self.values, self.loss, self.stop = self.flat[:-2], self.flat[-2], self.flat[-1]
+        count, shape = sum(p.numel() for p in self.parameters), (processes, micro, 1 + samples)
+        self.flat = torch.zeros(count + math.prod(shape) + 2, dtype=torch.float32, device=device)
+        self.values, self.tail, self.slots = self.flat[:count], self.flat[count:], self.flat[count:-2].view(shape)
+        self.loss, self.stop = self.flat[-2], self.flat[-1]
         self.attach()
 
     def attach(self) -> None:

@@ -291,7 +291,7 @@ class Run:
         groups = [group for trainable in self.trainables for group in trainable.param_groups()]
         step, text = self._step()
         trainer = Trainer(
-            feed=self.data, loss=step.loss, gradients=Gradients(groups, self.device), optimizer=self._optimizer(groups), lr_factor=self._lr_factor(),
+            feed=self.data, loss=step.losses, gradients=self._gradients(groups), optimizer=self._optimizer(groups), lr_factor=self._lr_factor(),
             parallel=self.parallel, hooks=[text] if text else [], total_steps=self.total_steps, max_grad_norm=train.max_grad_norm,
             max_nonfinite=train.max_nonfinite, fp16=self.dtype == torch.float16)
         trainer.state.positions = self.data.plan.start_of(0)
@@ -301,6 +301,10 @@ class Run:
             for note in notes:
                 self.log.say(f"note: {note}")
         return trainer
+
+    def _gradients(self, groups: list) -> Gradients:
+        largest = max(data.batch_size for data in self.cfg.data.values())
+        return Gradients(groups, self.device, self.parallel.world, len(self.cfg.data) * self.accumulation, largest)
 
     def _step(self) -> tuple[DenoisingStep, FrozenText | None]:
         cfg = self.cfg

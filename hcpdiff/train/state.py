@@ -18,10 +18,11 @@ DECISIVE = (
 
 def training_state(trainer: Trainer, trainables: Sequence) -> dict[str, Any]:
     """All that a resumed run needs, as plain data."""
+    trainer.settle()
     return {
         "step": trainer.state.step,
         "positions": [[p.epoch, p.chunk] for p in trainer.state.positions],
-        "skipped": [trainer.state.skipped, trainer.state.skipped_in_row],
+        "skipped": [trainer.state.skipped, trainer.state.skipped_in_row, trainer.state.scale_skips],
         "loss_scale": [trainer.loss_scale.value, trainer.loss_scale.clean],
         "optimizer": trainer.optimizer.state_dict(),
         "layout": layout(trainables),
@@ -74,8 +75,8 @@ def restore(trainer: Trainer, trainables: Sequence, state: Mapping[str, Any], po
                 t.adapters[path].up.copy_(tensors["up"])
     trainer.optimizer.load_state_dict(_own_options(state["optimizer"], trainer, options))
     trainer.state.step, trainer.state.positions = state["step"], [position(*p) for p in state["positions"]]
-    trainer.state.skipped, trainer.state.skipped_in_row = state["skipped"]
-    trainer.loss_scale.value, trainer.loss_scale.clean = state["loss_scale"]
+    trainer.state.skipped, trainer.state.skipped_in_row, trainer.state.scale_skips = state["skipped"]
+    trainer.loss_scale.load(*state["loss_scale"])
 
 
 def _own_options(optimizer_state: dict, trainer: Trainer, options: frozenset[str]) -> dict:

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ..device import send
 from ..diffusion.objective import DiscreteObjective
 from ..families.base import Conditioning, Models
 from ..loss import LossFunction
@@ -21,6 +23,7 @@ class DenoisingStep:
 
     def __init__(self, models: Models, objective: DiscreteObjective, loss: LossFunction, condition: Conditioner, device: torch.device,
                  dtype: torch.dtype, noise_offset: float = 0.0, min_snr_gamma: float | None = None):
+        objective = replace(objective, alphas_cumprod=objective.alphas_cumprod.to(device))
         self.models, self.objective, self.loss_function, self.condition = models, objective, loss, condition
         self.device, self.dtype = device, dtype
         self.exact = torch.promote_types(torch.float32, dtype)  # of latents, noise, target and loss
@@ -30,30 +33,37 @@ class DenoisingStep:
         """(B,C,h,w) fp32, a fresh sample of the posterior, scaled."""
         if batch.latent_mean is None:
             with torch.no_grad():
-                mean, std = self.models.family.posterior(self.models, batch.pixels.to(self.device))
+                mean, std = self.models.family.posterior(self.models, self._here(batch.pixels))
         else:
-            mean, std = batch.latent_mean.to(self.device), batch.latent_std.to(self.device)
-        z = mean.to(self.exact) + std.to(self.exact) * batch.vae_noise.to(self.device)
+            mean, std = self._here(batch.latent_mean), self._here(batch.latent_std)
+        z = mean.to(self.exact) + std.to(self.exact) * self._here(batch.vae_noise)
         return self.models.family.scale_latent(self.models, z)
 
     def loss(self, batch) -> Tensor:
         """The batch's part of the step's loss, a scalar to call backward on."""
+        return self.losses(batch).sum()
+
+    def losses(self, batch) -> Tensor:
+        """(B,) weighted losses of the samples; their sum is the batch's part of the step's loss."""
         x0 = self.latents(batch)
-        noise = batch.noise.to(self.device)
+        noise = self._here(batch.noise)
         if self.noise_offset:
-            noise = noise + self.noise_offset * batch.offset_noise.to(self.device)
-        t = self.objective.timesteps(batch.u, tuple(x0.shape)).to(self.device)
+            noise = noise + self.noise_offset * self._here(batch.offset_noise)
+        t = self._here(self.objective.timesteps(batch.u, tuple(x0.shape)))
         x_t = self.objective.corrupt(x0, noise, t)
-        extras = {name: getattr(batch, name).to(self.device) for name in ("original_size", "crop_top_left", "target_size")}
+        extras = {name: self._here(getattr(batch, name)) for name in ("original_size", "crop_top_left", "target_size")}
         with seeded(batch.module_seed, self.device):  # dropout inside modules
             cond = self.condition(batch.prompts).to(self.dtype)
             pred = self.models.family.denoise(self.models, x_t.to(self.dtype), t, cond, extras)
         element = self.loss_function(pred, self.objective.target(x0, noise, t))
-        return (self._per_sample(element, t, batch.mask) * batch.weights.to(self.device)).sum()
+        return self._per_sample(element, t, batch.mask) * self._here(batch.weights)
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return send(tensor, self.device)
 
     def _per_sample(self, element: Tensor, t: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None:
-            element = element * mask.to(self.device)
+            element = element * self._here(mask)
         loss = element.flatten(1).mean(1)
         return loss if self.min_snr_gamma is None else loss * self.objective.min_snr_weight(t, self.min_snr_gamma)
 

@@ -1,5 +1,6 @@
 """The loop. It knows batches, a loss, gradients, an optimizer and hooks; it knows no model."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ from ..errors import HCPError, NonFiniteError
 from .optim import Gradients, set_lr
 from .parallel import Parallel
 from .signals import StopRequest
+from .undo import Undo
+from .watch import LAGGING, LossScale, Names, Seen, Skip, Watch, explain
 
 
 class Hook:
@@ -28,6 +31,9 @@ class Hook:
     def on_stop(self, trainer: "Trainer") -> None:
         """After the step that a signal made the last one for now."""
 
+    def on_nonfinite(self, trainer: "Trainer") -> None:
+        """Before the run ends because too many steps in a row were not finite."""
+
 
 class Feed(Protocol):
     """Where batches come from."""
@@ -35,68 +41,68 @@ class Feed(Protocol):
     def batches(self, start: Sequence, rank: int, world: int, first_index: int, count: int) -> Iterable[tuple[Any, list, list]]:
         """(step, positions after it, this rank's micro-batches) for `count` optimizer steps."""
 
+    def names(self, step: Any, world: int) -> Names:
+        """(id, weight) of each sample of a step, by process and micro-batch. Asked for only when a step went wrong."""
+
 
 @dataclass
 class TrainState:
-    """Where a run stands, between two optimizer steps."""
+    """Where a run stands, between two optimizer steps. The counters are exact after `Trainer.settle`."""
 
     step: int = 0  # finished optimizer steps
     positions: list = field(default_factory=list)  # per dataset
-    skipped: int = 0  # steps that changed nothing, in all
+    skipped: int = 0  # steps that changed nothing since loss or gradient was not finite, in all
     skipped_in_row: int = 0
+    scale_skips: int = 0  # those that only looked for fp16's loss scale
 
 
-class LossScale:
-    """Dynamic loss scale for fp16 (arXiv:1710.03740): halves on overflow, doubles after 2000 clean steps. 1 and inactive otherwise."""
+@dataclass(frozen=True)
+class Pending:
+    """A step whose numbers the host has not seen yet."""
 
-    def __init__(self, active: bool):
-        self.active, self.value, self.clean = active, 65536.0 if active else 1.0, 0
-
-    def update(self, finite: bool) -> None:
-        """Call after each step, with whether its gradients were finite."""
-        if not self.active:
-            return
-        self.clean = self.clean + 1 if finite else 0
-        if not finite:
-            self.value = max(1.0, self.value / 2)
-        elif self.clean % 2000 == 0:
-            self.value *= 2
-
-
-@dataclass
-class StepRecord:
-    """What one step gave: scalars still on the device, so that nothing waits for them before the log interval."""
-
-    step: int
-    loss: Tensor
-    grad_norm: Tensor
+    number: int
+    step: Any  # of the feed
     lrs: list[float]
+    scale: float
 
 
 class Trainer:
-    """Runs optimizer steps from `state` until `total_steps`."""
+    """Runs optimizer steps from `state` until `total_steps`.
+
+    loss: batch -> the samples' weighted losses (B,), or their sum. `lag`: whether the host learns a step's numbers only after the next one's backward
+    pass has been asked for (None: where the device works ahead of the host), so that it never waits for a device that has nothing else to do.
+    """
 
     def __init__(self, *, feed: Feed, loss: Callable[[Any], Tensor], gradients: Gradients, optimizer: torch.optim.Optimizer, lr_factor: Callable[[int], float],
-                 parallel: Parallel, hooks: Sequence[Hook], total_steps: int, max_grad_norm: float | None, max_nonfinite: int, fp16: bool):
+                 parallel: Parallel, hooks: Sequence[Hook], total_steps: int, max_grad_norm: float | None, max_nonfinite: int, fp16: bool, lag: bool | None = None):
         self.feed, self.loss, self.gradients, self.optimizer, self.lr_factor = feed, loss, gradients, optimizer, lr_factor
         self.parallel, self.hooks, self.total_steps = parallel, list(hooks), total_steps
         self.max_grad_norm, self.max_nonfinite = max_grad_norm, max_nonfinite
-        self.loss_scale, self.state, self.records = LossScale(fp16), TrainState(), []
+        device = gradients.flat.device
+        self.lag = device.type in LAGGING if lag is None else lag
+        self.loss_scale, self.state = LossScale(fp16, device), TrainState()
+        self.watch, self.undo = Watch(gradients, self.loss_scale, parallel.rank), Undo(optimizer, gradients.parameters)
+        self.pending: Pending | None = None
+        self.stopping, self.hopeless, self.last_skip = False, False, None
+        self.records: list[tuple[int, dict[str, float]]] = []  # of rank 0 only, as are the skips
+        self.skips: list[Skip] = []
 
     def fit(self, stop: StopRequest) -> bool:
-        """Trains to the end, or to the end of the step in which any process was asked to stop; whether it is the end. Hooks see every step."""
+        """Trains to the end, or to the end of the step in which any process was asked to stop (the next one with `lag`); whether it is the end."""
         state, epoch = self.state, None
         feed = self.feed.batches(state.positions, self.parallel.rank, self.parallel.world, state.step, self.total_steps - state.step)
-        for _, after, micro in feed:
+        for step, after, micro in feed:
             if state.positions[0].epoch != epoch:
                 epoch = state.positions[0].epoch
                 self._tell("on_epoch_begin", epoch)
-            stopped = self._step(micro, stop)
+            self._step(step, micro, stop)
+            stopped = self.stopping  # before a hook looks ahead of the other ranks
             state.step, state.positions = state.step + 1, after
             self._tell("on_step_end")
             if stopped and state.step < self.total_steps:
                 self._tell("on_stop")
                 return False
+        self._learn()
         self._tell("on_end")
         return True
 
@@ -104,57 +110,92 @@ class Trainer:
         for hook in self.hooks:
             getattr(hook, event)(self, *args)
 
-    def _step(self, micro: list, stop: StopRequest) -> bool:
-        lrs = set_lr(self.optimizer, self.lr_factor(self.state.step))
+    def _step(self, step: Any, micro: list, stop: StopRequest) -> None:
         self.gradients.clear()
-        for batch in micro:
-            self.backward(batch)
+        for index, batch in enumerate(micro):
+            self.backward(batch, index)
         self.gradients.stop += float(stop.signal != 0)
         self.parallel.sum_(self.gradients.flat)
-        if self.loss_scale.active:
-            self.gradients.values.div_(self.loss_scale.value)
-        loss = self.gradients.loss.clone()
+        self.loss_scale.unscale(self.gradients.values)
         norm = self.gradients.clip(self.max_grad_norm)
-        finite = bool(torch.isfinite(norm + loss))
-        if finite:
+        self._learn()  # of the step before; the optimizer's host side is right again before it is used
+        scale = self.loss_scale.value
+        bad = self.watch.report(norm)
+        lrs = set_lr(self.optimizer, self.lr_factor(self.state.step))
+        self.pending = Pending(self.state.step + 1, step, lrs, scale)
+        if self.lag:
+            self._update_unseen(bad)
+        elif not self._learn().bad:
             self.optimizer.step()
-        self._count(finite)
-        self.records.append(StepRecord(self.state.step + 1, loss, norm, lrs))
-        return bool(self.gradients.stop)
 
-    def backward(self, batch) -> None:
+    def _update_unseen(self, bad: Tensor) -> None:
+        """An update that the device takes back itself if the flag is set."""
+        self.undo.remember()
+        self.optimizer.step()
+        if not self.undo.take_back(bad):  # the first update: state has only now been made
+            self.settle(everything=True)
+
+    def backward(self, batch, index: int = 0) -> None:
         """Adds one micro-batch's gradients and loss to the buffer."""
         try:
-            loss = self.loss(batch)
-            (loss * self.loss_scale.value).backward()
+            losses = self.loss(batch)
+            loss = losses.sum()
+            self.loss_scale.scaled(loss).backward()
         except torch.OutOfMemoryError as error:
             raise HCPError(out_of_memory(batch)) from error
         self.gradients.loss += loss.detach()
+        self.watch.note(index, losses)
 
-    def _count(self, finite: bool) -> None:
-        scaling = self.loss_scale.active and self.loss_scale.value > 1
-        self.loss_scale.update(finite)
+    def settle(self, everything: bool = False) -> Seen | None:
+        """Waits for the last step's numbers: then counters, records, optimizer and weights are exact. Any rank may call it at any time between steps."""
+        if self.pending is None:
+            return None
+        pending, self.pending = self.pending, None
+        seen = self.watch.read()
+        if seen.bad and self.lag:
+            self.undo.put_back(everything)
+        self.stopping |= seen.stop
+        self.loss_scale.value, self.loss_scale.clean = seen.scale
+        self._count(pending, seen)
+        if self.parallel.rank == 0:
+            names = [group["name"] for group in self.optimizer.param_groups]
+            values = {"loss": seen.loss, "grad_norm": seen.grad_norm, **{f"lr/{name}": lr for name, lr in zip(names, pending.lrs)}}
+            self.records.append((pending.number, values | ({"loss_scale": pending.scale} if self.loss_scale.active else {})))
+        return seen
+
+    def _learn(self) -> Seen | None:
+        """As settle, at a place where all ranks are together: here a run may end."""
+        seen = self.settle()
+        if self.hopeless:
+            self._tell("on_nonfinite")
+            raise NonFiniteError(f"loss or gradient was not finite for {self.state.skipped_in_row} steps in a row. Those steps changed nothing; the last: {self.last_skip}. If it is "
+                                 f"always the same images, look at them; else lower the lr, or set mixed_precision: fp32. The checkpoints and states are from before.")
+        return seen
+
+    def _count(self, pending: Pending, seen: Seen) -> None:
         state = self.state
-        if finite:
+        if not seen.bad:
             state.skipped_in_row = 0
-            return
-        state.skipped += 1
-        if scaling:  # fp16 looking for its scale is no fault
-            return
-        state.skipped_in_row += 1
-        if state.skipped_in_row >= self.max_nonfinite:
-            raise NonFiniteError(f"loss or gradient was not finite for {state.skipped_in_row} steps in a row (step {state.step + 1}); those steps changed nothing. "
-                                 f"Lower the lr, or set mixed_precision: fp32; the checkpoints in ckpts/ are from before.")
+        elif pending.scale > 1 and math.isfinite(seen.loss):  # fp16 looking for its scale is no fault
+            state.scale_skips += 1
+        else:
+            state.skipped += 1
+            state.skipped_in_row += 1
+            self.hopeless = state.skipped_in_row >= self.max_nonfinite
+            self.last_skip = explain(pending.number, seen, self.feed.names(pending.step, self.parallel.world))
+            if self.parallel.rank == 0:
+                self.skips.append(self.last_skip)
 
     def take_records(self) -> list[tuple[int, dict[str, float]]]:
-        """(step, values) of the steps since the last call; the one place where scalars are fetched from the device."""
+        """(step, values) of the steps since the last call, up to the last one."""
+        self.settle()
         records, self.records = self.records, []
-        if not records:
-            return []
-        fetched = torch.stack([torch.stack((r.loss, r.grad_norm)) for r in records]).tolist()
-        names = [group["name"] for group in self.optimizer.param_groups]
-        return [(r.step, {"loss": loss, "grad_norm": norm, **{f"lr/{name}": lr for name, lr in zip(names, r.lrs)}})
-                for r, (loss, norm) in zip(records, fetched)]
+        return records
+
+    def take_skips(self) -> list[Skip]:
+        """The steps since the last call that changed nothing."""
+        skips, self.skips = self.skips, []
+        return skips
 
 
 def out_of_memory(batch) -> str:
