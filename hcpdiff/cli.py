@@ -13,7 +13,8 @@ A command line is two functions and one line::
         cli.run(_main, parser)
 
 `config_parser` gives `args.cfg` (str), `args.overrides` (list of 'key=value'), `args.allow_target` (list), `args.debug` (bool).
-Exit codes: 0 done, 2 the user's mistake, 130 interrupted, 1 a failure of ours (with its traceback); a number that `_main` returns is taken as it is.
+Exit codes: 0 done, 2 the user's mistake, 130 interrupted, 1 a failure of ours (with its traceback); a number that `_main` returns, or that an error has
+as `exit_code`, is taken as it is.
 Under a launcher every process exits with the code, and only rank 0 prints the user's mistakes, unless the error carries `this_rank_only = True`.
 """
 
@@ -137,9 +138,9 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: Callable[[], a
     except HCPError as error:
         report(error, debug="--debug" in argv)
         code = error.exit_code
-    except KeyboardInterrupt:
-        say("interrupted")
-        code = INTERRUPTED
+    except KeyboardInterrupt as error:
+        speak(str(error) or "interrupted", error)
+        code = getattr(error, "exit_code", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has gone (`… | head`): nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -150,10 +151,16 @@ def report(error: HCPError, debug: bool = False) -> None:
     """Prints the error's faults as one message on stderr (rank 0 only, see the module's docstring)."""
     if debug:
         traceback.print_exception(error)
-    if rank() == 0 or getattr(error, "this_rank_only", False):
-        print(message(error), file=sys.stderr, flush=True)
-    else:  # a launcher ends all processes when the first one leaves: rank 0 gets time to say the same
+    if not speak(message(error), error):  # a launcher ends all processes when the first one leaves: rank 0 gets time to say the same
         time.sleep(GRACE)
+
+
+def speak(text: str, error: BaseException) -> bool:
+    """Prints an error's text on stderr, on rank 0 or where the error is this rank's to tell; whether it did."""
+    mine = rank() == 0 or getattr(error, "this_rank_only", False)
+    if mine:
+        print(text, file=sys.stderr, flush=True)
+    return mine
 
 
 def message(error: HCPError) -> str:

@@ -39,3 +39,20 @@ class NonFiniteError(HCPError):
     """Training produced NaN or infinity too many times in a row; the last good checkpoint is kept."""
 
     exit_code = 3
+
+
+class PeerError(HCPError):
+    """Another process of the run has ended without saying why (killed, crashed, out of reach)."""
+
+    exit_code = 4
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ends the run where it is. `signal` is its number, `at_once` whether it is the second one; the text says what is there to go on from."""
+
+    def __init__(self, number: int, at_once: bool = False):
+        super().__init__(f"{'stopped at once' if at_once else 'stopped'} by {_NAMES.get(number, f'signal {number}')}")
+        self.signal, self.at_once, self.exit_code = number, at_once, 128 + number
+
+
+_NAMES = {1: "SIGHUP (the terminal was closed)", 2: "Ctrl+C (SIGINT)", 15: "SIGTERM"}

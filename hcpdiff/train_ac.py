@@ -4,14 +4,16 @@ import argparse
 import datetime
 
 from . import cli
+from .train import launcher
 
 EXAMPLE = """examples:
   accelerate launch -m hcpdiff.train_ac_single --cfg cfgs/train/lora1.yaml
   python -m hcpdiff.train_ac_single --cfg cfgs/train/lora1.yaml unet_lr=0.0002 train.train_epochs=10
   accelerate launch --multi_gpu --num_processes 2 -m hcpdiff.train_ac --cfg cfgs/train/lora1.yaml
 Every key, its default and its meaning: cfgs/train/train_base.yaml
-exit codes: 0 done, 2 a mistake in config, command line or data, 3 NaN or infinity too often,
-130 or 143 stopped by Ctrl-C or SIGTERM after finishing and saving the step"""
+exit codes: 0 done, 1 a fault of hcpdiff (with a traceback), 2 a mistake in config, command line or data,
+3 NaN or infinity too often, 4 another process of the run was lost,
+130, 143, 129 stopped by Ctrl+C, SIGTERM, or the terminal's end: once it trains, the step is finished and saved first"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,27 +22,49 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Checks the config without torch, then trains."""
+    """Checks the config without torch, then trains on all processes."""
+    return train(args, launcher.asked_processes(launcher.launcher_command()))
+
+
+def train(args: argparse.Namespace, asked: int | None) -> int:
+    """Checks the config without torch, then trains. asked: how many processes the launcher's command line names; None: not checked."""
     from .config.load import load
     from .config.schema import RunConfig
     from .data.source import check_sources
     from .errors import DataError
+    from .train.signals import StopRequest, orphaned
 
     now = datetime.datetime.now()
     loaded = load(args.cfg, args.overrides, RunConfig, now=now, allow=args.allow_target)
     faults = check_sources(loaded.config.data)
     if faults:
         raise DataError(faults)
-    from .quiet import quiet_libraries
+    with StopRequest() as stop:
+        if loaded.config.train.on_orphan == "stop" and launcher.launcher_command():
+            stop.looks.append(orphaned(stop, launcher.PARENT))
+        from .quiet import quiet_libraries
 
-    quiet_libraries()
-    from .train.parallel import Parallel
+        quiet_libraries()
+        from .train.parallel import Parallel
+
+        return run(loaded, args, Parallel(asked), stop, now)
+
+
+def run(loaded, args: argparse.Namespace, parallel, stop, now: datetime.datetime) -> int:
+    """The run among its processes: whatever ends one of them ends all, and one of them says it."""
+    from .config.load import load
     from .train.run import Run
 
-    parallel = Parallel()
-    if parallel.world > 1:  # one moment for all
-        loaded = load(args.cfg, args.overrides, RunConfig, now=parallel.share(now), allow=args.allow_target)
-    code = Run(loaded, parallel, args.allow_target).train()
+    try:
+        parallel.watch(stop)
+        if parallel.world > 1:  # one moment for all
+            loaded = load(args.cfg, args.overrides, type(loaded.config), now=parallel.share(now), allow=args.allow_target)
+        code = Run(loaded, parallel, args.allow_target, stop).train()
+    except (Exception, KeyboardInterrupt) as error:
+        ending = parallel.ending(error, stop)
+        if ending is error:
+            raise
+        raise ending from None
     parallel.close()
     return code
 

@@ -20,7 +20,7 @@ def main(args: argparse.Namespace) -> int:
         cli.say(f"{started} processes were started; train_ac_single uses one device, the others leave. For all of them: accelerate launch -m hcpdiff.train_ac ...")
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
-    return train_ac.main(args)
+    return train_ac.train(args, asked=None)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import nn
 
 from hcpdiff.checkpoint.resume import find_run, load_state, save_state, states
 from hcpdiff.errors import CheckpointError, ConfigError
+from hcpdiff.train import signals
 from hcpdiff.train.folder import claim
 from hcpdiff.train.optim import Gradients, optimizer_groups, weights_for_use
 from hcpdiff.train.signals import StopRequest
@@ -133,13 +134,13 @@ def test_latest_is_the_newest_resumable_run(tmp_path):
 
 def test_a_chosen_folder_must_be_new_and_an_automatic_one_gets_a_suffix(tmp_path):
     chosen = tmp_path / "run"
-    claim(str(chosen), automatic=False)
+    claim(str(chosen), automatic=False)[1].release()
     with pytest.raises(ConfigError, match="not empty. Choose another .it holds no training state"):
         claim(str(chosen), automatic=False)
     save_state(chosen, 1, {"step": 1}, keep=1)
     with pytest.raises(ConfigError, match="not empty. Choose another, or go on there with train.resume="):
         claim(str(chosen), automatic=False)
-    assert claim(str(chosen), automatic=True).name == "run-2"
+    assert claim(str(chosen), automatic=True)[0].name == "run-2"
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be made"):
         claim(str(tmp_path / "file" / "run"), automatic=False)
@@ -169,9 +170,10 @@ def test_the_probe_changes_nothing():
     assert all(torch.equal(lora.down, before[path][0]) and torch.equal(lora.up, before[path][1]) for path, lora in setup.trainable.adapters.items())
 
 
-def test_a_signal_finishes_the_step_and_a_second_one_stops_at_once():
+def test_a_signal_finishes_the_step_and_a_second_one_stops_at_once(monkeypatch):
     import os
     import signal
+    import time
 
     stops = []
 
@@ -184,13 +186,15 @@ def test_a_signal_finishes_the_step_and_a_second_one_stops_at_once():
             stops.append(trainer.state.step)
 
     trainer, _ = toy(steps=6, hooks=[Watch()])
-    with StopRequest() as stop:
+    with StopRequest() as stop, stop.patiently():
         assert trainer.fit(stop) is False
         assert stops == [3] and stop.signal == signal.SIGTERM
-        os.kill(os.getpid(), signal.SIGTERM)  # forwarded by a launcher: the same wish
-        stop.since -= 10
+        while not stop._first:  # its thread has not seen the first one yet
+            time.sleep(0.01)
+        monkeypatch.setattr(signals, "PATIENCE", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(30)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

@@ -116,6 +116,10 @@ class TrainConfig:
     log_step: int = key(10, "Log every this many steps.", "每多少步记录一次日志。", ge=1, unit="steps")
     resume: str | None = key(None, "A run folder to go on with, or 'latest' for the newest resumable one below exps/.",
                              "要继续的训练文件夹，或 latest（exps/ 下最新的可恢复训练）。", path=True, exists="folder", words=("latest",))
+    on_orphan: Literal["stop", "continue"] = key("stop", "When the launcher (accelerate launch, torchrun) that started the run is killed: stop as at SIGTERM (finish and save "
+                                                 "the step), or go on alone. A shell is no launcher. Not seen on Windows.",
+                                                 "启动训练的 launcher（accelerate launch、torchrun）被杀死时：stop 与收到 SIGTERM 相同（完成并保存当前步后停止），continue 继续训练。"
+                                                 "shell 不算 launcher；Windows 上无法察觉。")
     scale_lr: bool = key(False, "Multiply every lr by batch size × processes × accumulation.", "学习率乘以 批大小 × 进程数 × 累积步数。")
     noise_offset: float = key(0.0, "Strength of a constant per channel added to the noise (0.05 to 0.1 helps dark and bright images).",
                               "噪声偏移强度（0.05~0.1 有助于明暗画面）。", ge=0)

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..checkpoint.resume import save_state
 from ..errors import HCPError, NonFiniteError
 from ..loggers import Logger
 from .optim import weights_for_use
+from .parallel import Parallel
 from .state import training_state
 from .trainer import Hook, Trainer
 
@@ -152,23 +154,38 @@ class SaveHook(Periodic):
 
 
 class PreviewHook(Periodic):
-    """Draws the preview prompts every `every` steps and at the end, into previews/ and the loggers."""
+    """Draws the preview prompts every `every` steps and at the end, into previews/ and the loggers. Each process draws its share, rank 0 writes."""
 
-    def __init__(self, draw: Callable[[], list], run: Path, every: int, logger: Logger):
+    def __init__(self, draw: Callable[[], list], run: Path, every: int, logger: Logger, parallel: Parallel):
         super().__init__(every)
-        self.draw, self.run, self.logger = draw, run, logger
+        self.draw, self.run, self.logger, self.parallel = draw, run, logger, parallel
 
     def act(self, trainer: Trainer) -> None:
         """Draws with the weights as they are."""
-        step = trainer.state.step
+        step, drawn, fault = trainer.state.step, [], ""
         try:
             with weights_for_use(trainer.optimizer):
-                images = self.draw()
+                drawn = self.draw()
+        except (HCPError, OSError, torch.OutOfMemoryError) as error:  # a picture is no reason to lose a run
+            fault = str(error)
+        parts = self.parallel.gather((drawn, fault))
+        if not self.parallel.main:
+            return
+        fault = next((fault for _, fault in parts if fault), "")
+        images = [image for row in zip_longest(*(drawn for drawn, _ in parts)) for image in row if image is not None]
+        fault = fault or self._write(step, images)
+        if fault:
+            self.logger.say(f"warning: the preview of step {step} could not be drawn: {fault}")
+        else:
+            self.logger.images(step, "preview", images)
+
+    def _write(self, step: int, images: Sequence) -> str:
+        """Writes the pictures; what went wrong, or nothing."""
+        try:
             folder = self.run / "previews"
             folder.mkdir(exist_ok=True)
             for index, image in enumerate(images):
                 image.save(folder / f"{step}-{index}.png")
-        except (HCPError, OSError, torch.OutOfMemoryError) as error:  # a picture is no reason to lose a run
-            self.logger.say(f"warning: the preview of step {step} could not be drawn: {error}")
-            return
-        self.logger.images(step, "preview", images)
+        except OSError as error:
+            return str(error)
+        return ""

@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,14 +11,14 @@ import torch
 from .. import device as machine
 from ..checkpoint import format as lora_format
 from ..checkpoint.io import write_atomic
-from ..checkpoint.resume import find_run, load_state
+from ..checkpoint.resume import find_run, load_state, states
 from ..config.build import build, check_target
 from ..config.load import Loaded
 from ..config.schema import RunConfig
 from ..data.dataset import build_train_data
 from ..data.plan import Position
 from ..diffusion.objective import PREDICTIONS, DiscreteObjective
-from ..errors import CheckpointError, ConfigError, HCPError, NonFiniteError
+from ..errors import ConfigError, HCPError, Interrupted
 from ..families import detect
 from ..families.base import Models, file_mark, fingerprint
 from ..families.source import resolve
@@ -30,6 +29,7 @@ from . import folder, report
 from .conditioning import Encoder, FrozenText
 from .hooks import LogHook, PreviewHook, SaveHook
 from .optim import Gradients, lr_factor, optimizer_groups, simulated_factor
+from .lock import RunLock
 from .parallel import Parallel
 from .probe import probe
 from .signals import StopRequest
@@ -41,8 +41,10 @@ from .trainer import Trainer
 class Run:
     """One training run. Everything that can be wrong is found before the run folder is made; then latents are cached and the steps begin."""
 
-    def __init__(self, loaded: Loaded[RunConfig], parallel: Parallel, allow: Sequence[str] = ()):
-        self.loaded, self.cfg, self.parallel, self.allow = loaded, loaded.config, parallel, allow
+    def __init__(self, loaded: Loaded[RunConfig], parallel: Parallel, allow: Sequence[str] = (), stop: StopRequest | None = None):
+        """stop: signals as they come; None: nobody listens to them here."""
+        self.loaded, self.cfg, self.parallel, self.allow, self.stop = loaded, loaded.config, parallel, allow, stop or StopRequest()
+        self.folder = self.lock = None
         self.device, self.started = parallel.device, time.monotonic()
         self.dtype = machine.compute_dtype(self.cfg.mixed_precision, self.device)
         self.accumulation = self.cfg.train.gradient_accumulation_steps
@@ -61,31 +63,41 @@ class Run:
             trainer = self._build_trainer()
             self._report(trainer.state.step)
             self._cache()
-            self._make_folder(trainer.state.step)
-            trainer.hooks += self._hooks() if self.parallel.main else []
-            if self.device.type != "cpu":
-                self.log.say(probe(trainer, self.data.largest_batch(), self.geometry))
-            self.phase = "training"
-            with StopRequest() as stop:
-                finished = self._fit(trainer, stop)
+            with self.stop.patiently():  # from here on there is something to keep: a step is finished and saved
+                self._make_folder(trainer.state.step)
+                trainer.hooks += self._hooks()
+                if self.device.type != "cpu":
+                    self.log.say(probe(trainer, self.data.largest_batch(), self.geometry))
+                self.phase = "training"
+                finished = trainer.fit(self.stop)
             how = "done:" if finished else "stopped:"
             self.log.say(f"{how} step {trainer.state.step} after {time.monotonic() - self.started:.0f} s, peak memory {machine.peak_memory(self.device)}. "
                          f"Everything is in {self.folder}")
             if not finished:
-                self.log.say(f"to go on: the same command with train.resume={self.folder}")
+                self.log.say(self._how_to_go_on())
         except torch.OutOfMemoryError as error:
             raise HCPError(f"out of memory while {self.phase}. Other programs on the device, data.<dataset>.batch_size, bucket.target_area and "
                            f"model.gradient_checkpointing decide how much is needed.") from error
+        except Interrupted as error:
+            error.args = (f"{error.args[0]} while {self.phase}. {self._how_to_go_on()}",)
+            raise
         finally:
             self.log.close()
-        return 0 if finished else 128 + (stop.signal or signal.SIGTERM)
+            if self.lock is not None:
+                self.lock.release()
+        return 0 if finished else self._signal_code()
 
-    def _fit(self, trainer: Trainer, stop: StopRequest) -> bool:
-        try:
-            return trainer.fit(stop)
-        except HCPError as error:  # from here on one process may fail alone: then it must speak itself
-            error.this_rank_only = self.parallel.world > 1 and not isinstance(error, NonFiniteError)
-            raise
+    def _how_to_go_on(self) -> str:
+        if self.folder is None:
+            return "No run folder was made; latents in a disk cache are kept."
+        saved = states(self.folder)
+        if not saved:
+            return f"Nothing was saved yet: {self.folder} may be removed."
+        return f"Saved up to step {saved[-1]}; to go on: the same command with train.resume={self.folder}"
+
+    def _signal_code(self) -> int:
+        """The exit code of the first process that got a signal."""
+        return next((code for code in self.parallel.gather(self.stop.signal and self.stop.exit_code) if code), self.stop.exit_code)
 
     # -- before anything is written: every fault is found here ---------------------------------------------------------------------------------
 
@@ -113,6 +125,7 @@ class Run:
             collect(faults, lambda: faults.extend(check_target(self.cfg.train.lr_scheduler, "lr_scheduler", "train.lr_scheduler", self.allow)))
         collect(faults, self._find_folder)
         collect(faults, self._index_data)
+        faults = self.parallel.faults(faults)
         if faults:
             raise ConfigError(faults)
         self._open_loggers()
@@ -126,20 +139,29 @@ class Run:
         self.said_before += notices
 
     def _find_folder(self) -> None:
+        self.phase = "looking at its inputs"
         self.resumed, self.automatic = None, "exp_dir" in self.loaded.timed
         if not self.cfg.train.resume:
             folder.check(self.cfg.exp_dir, self.automatic)
         else:
             self.folder = find_run(self.cfg.train.resume)
+            if self.parallel.main:
+                self._hold(RunLock(self.folder))
             if not self.automatic and Path(self.cfg.exp_dir).resolve() != self.folder.resolve():
                 self.said_before.append(f"exp_dir = {self.cfg.exp_dir!r} is not used: the run goes on in {self.folder}")
             self.resumed = load_state(self.folder)
+
+    def _hold(self, lock: RunLock) -> None:
+        self.lock = lock
+        if lock.note:
+            self.said_before.append(lock.note)
 
     def _index_data(self) -> None:
         self.data = build_train_data(self.cfg.data, seed=self.cfg.seed, vae_factor=self.geometry[0], latent_channels=self.geometry[1],
                                      micro_per_step=self.parallel.world * self.accumulation, workers=self.cfg.train.workers)
 
     def _load_model(self) -> None:
+        self.phase = "loading the model"
         model = self.cfg.model
         local = Path(model.pretrained_model_name_or_path).expanduser().exists()
         name = self.base.resolve().name if local else model.pretrained_model_name_or_path  # it goes into files: no local path
@@ -211,8 +233,10 @@ class Run:
 
     def _make_folder(self, step: int) -> None:
         if not self.resumed:
-            path = folder.claim(self.cfg.exp_dir, self.automatic) if self.parallel.main else None
-            self.folder = Path(self.parallel.share(str(path)))
+            if self.parallel.main:
+                self.folder, held = folder.claim(self.cfg.exp_dir, self.automatic)
+                self._hold(held)
+            self.folder = Path(self.parallel.share(str(self.folder)))
         if self.parallel.main:
             name = "cfg.yaml" if not self.resumed else f"cfg-resumed-{step}.yaml"
             text = self.loaded.yaml
@@ -333,14 +357,16 @@ class Run:
         return simulated_factor(lambda optimizer: build(spec, "lr_scheduler", "train.lr_scheduler", self.allow, optimizer=optimizer), self.total_steps)
 
     def _hooks(self) -> list:
+        """Of rank 0 those that write; of every rank its share of the previews."""
         train = self.cfg.train
         log = LogHook(self.log, train.log_step, self.data.steps_per_epoch)
-        hooks = [log, SaveHook(self.folder, self.trainables, self._metadata(), machine.DTYPES[train.save_dtype], train.save_step, train.keep_states, self._described, log)]
+        hooks = [] if not self.parallel.main else [log, SaveHook(self.folder, self.trainables, self._metadata(), machine.DTYPES[train.save_dtype], train.save_step, train.keep_states, self._described, log)]
         if self.cfg.preview.prompts:
-            hooks.append(PreviewHook(self._draw, self.folder, self.cfg.preview.every, self.log))
+            hooks.append(PreviewHook(self._draw, self.folder, self.cfg.preview.every, self.log, self.parallel))
         return hooks
 
     def _draw(self) -> list:
+        """This process's share of the preview prompts, drawn."""
         from ..vis.preview import draw_previews, encode_preview_prompts
 
         clip_skip = self.cfg.model.clip_skip
@@ -350,7 +376,12 @@ class Run:
             if not any("text" in trainable.touches for trainable in self.trainables):
                 self.preview_prompts = prompts  # a frozen encoder says the same every time
         size = self.data.first_size()
-        return draw_previews(self.models, self.family, self.cfg.preview, width=size[0], height=size[1], prompts=prompts, clip_skip=clip_skip)
+        return draw_previews(self.models, self.family, self.cfg.preview, width=size[0], height=size[1], prompts=prompts, clip_skip=clip_skip,
+                             share=(self.parallel.rank, self.parallel.world), between=self._give_up_on_a_signal)
+
+    def _give_up_on_a_signal(self) -> None:
+        if self.stop.signal:
+            raise HCPError("a signal asks to stop")
 
     def _metadata(self) -> dict[str, str]:
         cfg = self.cfg

@@ -1,6 +1,6 @@
 """Pictures of a model that is being trained: its live modules, adapters attached, drawn without copying a weight or touching a random state."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -57,11 +57,13 @@ def evaluating_text(models: Models):
 
 
 def draw_previews(models: Models, family: Family, cfg: PreviewConfig, *, width: int | None = None, height: int | None = None,
-                  prompts: PreviewPrompts | None = None, clip_skip: int = 0, bs: int = 1, progress: bool = False) -> list:
+                  prompts: PreviewPrompts | None = None, clip_skip: int = 0, bs: int = 1, progress: bool = False,
+                  share: tuple[int, int] = (0, 1), between: Callable[[], None] | None = None) -> list:
     """One PIL image per prompt of `cfg`, seeds cfg.seed, cfg.seed + 1, ...: what the visualizer draws with the weights as they are now.
 
     width, height: where cfg leaves them null (null too: the model's own size). prompts: encodings made before (`encode_preview_prompts`);
-    else models must hold the text encoder. models must hold unet and vae; the VAE may lie on another device and is brought back there.
+    else models must hold the text encoder. share: (rank, world), only every world-th prompt from the rank-th on is drawn. between: called before each picture
+    and after each of its steps; what it raises ends the drawing. models must hold unet and vae; the VAE may lie on another device and is brought back there.
     Modes of all modules and torch's random states are as before.
     """
     if not cfg.prompts:
@@ -73,17 +75,21 @@ def draw_previews(models: Models, family: Family, cfg: PreviewConfig, *, width: 
         pipe.set_progress_bar_config(disable=not progress, desc="preview")
         size = pipeline.size_of(pipe, cfg.width or width, cfg.height or height, "preview.")
         args = {"num_inference_steps": cfg.num_inference_steps, "guidance_scale": cfg.guidance_scale}
+        if between is not None:
+            args["callback_on_step_end"] = lambda pipe, step, timestep, tensors: between() or tensors
         images: list = []
-        for batch in same_length(cond, bs):
+        for batch in same_length(cond, bs, *share):
+            if between is not None:
+                between()
             positive, negative = (Conditioning.cat([part[n].to(device, models.unet.dtype) for n in batch]) for part in (cond.positive, cond.negative))
             images += pipeline.decode(pipe, pipeline.sample(pipe, positive, negative, [cfg.seed + n for n in batch], *size, args)).images
     return images
 
 
-def same_length(cond: PreviewPrompts, bs: int) -> list[list[int]]:
-    """Indices of neighbours whose encodings have one length, at most `bs` together."""
+def same_length(cond: PreviewPrompts, bs: int, rank: int = 0, world: int = 1) -> list[list[int]]:
+    """Indices of neighbours whose encodings have one length, at most `bs` together; of every world-th prompt."""
     out: list[list[int]] = []
-    for n, part in enumerate(cond.positive):
+    for n, part in list(enumerate(cond.positive))[rank::world]:
         if not out or len(out[-1]) == bs or cond.positive[out[-1][0]].hidden.shape != part.hidden.shape:
             out.append([])
         out[-1].append(n)

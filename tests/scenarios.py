@@ -1,0 +1,202 @@
+"""What the processes of tests/group.py do: a model-free trainer among real processes, with a fault somewhere."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from hcpdiff import train_ac  # noqa: F401  (all imports before the fork)
+from hcpdiff.errors import CheckpointError, ConfigError, DataError
+from hcpdiff.train import signals
+from hcpdiff.train.hooks import PreviewHook
+from hcpdiff.train.optim import Gradients, optimizer_groups
+from hcpdiff.train.parallel import Parallel
+from hcpdiff.train.signals import StopRequest
+from hcpdiff.train.trainer import Hook, Trainer
+from hcpdiff.trainables.lora import ParamGroup
+
+
+class Feed:
+    """Each rank's number of the step."""
+
+    def batches(self, start, rank, world, first_index, count):
+        for step in range(first_index, first_index + count):
+            yield step, [SimpleNamespace(epoch=0, chunk=step + 1)], [SimpleNamespace(value=step * world + rank, prompts=["a"], target_size=torch.tensor([[64, 64]]))]
+
+    def names(self, step, world):
+        return [[[(f"{step}.{rank}", 1.0)]] for rank in range(world)]
+
+
+class Saver(Hook):
+    """Rank 0's: writes what a save would."""
+
+    def on_step_end(self, trainer):
+        Path("step").write_text(str(trainer.state.step))
+
+    def on_stop(self, trainer):
+        Path("saved").write_text(str(trainer.state.step))
+
+
+def member(rank, fault=None, hooks=(), steps=6, before=None):
+    """One process of a run, ended and told as train_ac does it. fault(rank, batch) is called in each micro-batch."""
+    with StopRequest() as stop:
+        parallel = Parallel()
+        parallel.watch(stop)
+        try:
+            if before is not None:
+                before(parallel)
+            weight = nn.Parameter(torch.ones(3))
+            group = ParamGroup("w", 0.1, (weight,))
+
+            def loss(batch):
+                factor = fault(rank, batch) if fault else None
+                return ((weight - batch.value) ** 2).sum() * (1.0 if factor is None else factor)
+
+            trainer = Trainer(feed=Feed(), loss=loss, gradients=Gradients([group], torch.device("cpu")), optimizer=torch.optim.SGD(optimizer_groups([group], 1.0)),
+                              lr_factor=lambda step: 1e-3, parallel=parallel, hooks=[*([Saver()] if parallel.main else []), *(make(parallel) for make in hooks)],
+                              total_steps=steps, max_grad_norm=None, max_nonfinite=2, fp16=False)
+            trainer.state.positions = [SimpleNamespace(epoch=0, chunk=0)]
+            with stop.patiently():
+                finished = trainer.fit(stop)
+            print("ended at", trainer.state.step, flush=True)
+            code = 0 if finished else next(code for code in parallel.gather(stop.signal and stop.exit_code) if code)
+        except (Exception, KeyboardInterrupt) as error:
+            ending = parallel.ending(error, stop)
+            if ending is error:
+                raise
+            raise ending from None
+        parallel.close()
+        return code
+
+
+def at(number, step, act):
+    """act() in rank `number` at the step (0-based)."""
+    return lambda rank, batch: act() if rank == number and batch.prompts and batch.value // 3 == step else None
+
+
+def throw(error):
+    def act():
+        raise error
+    return act
+
+
+def slowly(rank, batch):
+    Path(f"alive{rank}").write_text("")
+    time.sleep(0.1)
+
+
+def faulty_config(parallel):
+    faults = parallel.faults(["the same key"] + ["only here"] * (parallel.rank == 1))
+    raise ConfigError(faults)
+
+
+class Bad(Hook):
+    """A hook that fails at step 2."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def on_step_end(self, trainer):
+        if trainer.state.step == 2:
+            raise self.error
+
+
+def saving_fails(parallel):
+    return Bad(CheckpointError("ckpts/unet-2.safetensors cannot be written: No space left on device.")) if parallel.main else Hook()
+
+
+class Picture:
+    """A picture that knows who drew it."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def save(self, path):
+        Path(path).write_text(str(self.number))
+
+
+def previews(act):
+    """A preview of 4 pictures at step 2, of which each process draws its share; act(rank) before each."""
+    def make(parallel):
+        def draw():
+            act(parallel.rank)
+            return [Picture(n) for n in range(4)[parallel.rank::parallel.world]]
+        return PreviewHook(draw, Path("."), 2, SimpleNamespace(say=lambda line: print(line, flush=True), images=lambda *args: None), parallel)
+    return make
+
+
+def only(number, act):
+    return lambda rank: act() if rank == number else None
+
+
+def encoding_fails(parallel):
+    if parallel.rank == 1:
+        raise DataError("images/7.png cannot be read")
+    parallel.gather("a share of the latents")
+
+
+def wait_for(*paths):
+    for _ in range(2000):
+        if all(path.exists() for path in paths):
+            return
+        time.sleep(0.01)
+
+
+def send(numbers, to):
+    """Once the steps run: each signal to each of the ranks."""
+    def after(folder, pids):
+        wait_for(*(folder / f"alive{rank}" for rank in range(len(pids))))
+        for number in numbers:
+            for rank in to:
+                os.kill(pids[rank], number)
+            time.sleep(0.2)
+    return after
+
+
+def stuck(rank, batch):
+    """Rank 1 never comes; rank 0 waits for it in a call that Python cannot interrupt."""
+    signals.PATIENCE = 0.5
+    Path(f"alive{rank}").write_text("")
+    if rank == 1:
+        time.sleep(7)
+
+
+def twice(folder, pids):
+    wait_for(folder / "alive0", folder / "alive1")
+    time.sleep(0.5)
+    os.kill(pids[0], signal.SIGTERM)
+    time.sleep(1.0)
+    os.kill(pids[0], signal.SIGTERM)
+
+
+def kill_self():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+weight = nn.Parameter(torch.ones(1))  # what torch imports at the first step is imported before the fork
+weight.grad = torch.zeros(1)
+torch.optim.SGD([weight], lr=0.1).step()
+
+OUT_OF_MEMORY = throw(torch.OutOfMemoryError("no memory"))
+
+# name: (processes, what each does, what is done to them)
+ALL = {
+    "well": (3, lambda rank: member(rank, hooks=[previews(lambda rank: None)]), None),
+    "config": (3, lambda rank: member(rank, before=faulty_config), None),
+    "data": (3, lambda rank: member(rank, at(1, 3, throw(DataError("images/3.png is damaged")))), None),
+    "bug": (3, lambda rank: member(rank, at(2, 3, lambda: 1 / 0)), None),
+    "memory": (3, lambda rank: member(rank, at(1, 3, OUT_OF_MEMORY)), None),
+    "nan": (3, lambda rank: member(rank, lambda rank, batch: float("nan") if rank == 1 and batch.value > 4 else None), None),
+    "saving": (3, lambda rank: member(rank, hooks=[saving_fails]), None),
+    "killed": (3, lambda rank: member(rank, at(1, 3, kill_self)), None),
+    "drawing": (2, lambda rank: member(rank, hooks=[previews(only(1, OUT_OF_MEMORY))]), None),
+    "drawing_bug": (2, lambda rank: member(rank, hooks=[previews(only(1, lambda: 1 / 0))]), None),
+    "encoding": (2, lambda rank: member(rank, before=encoding_fails), None),
+    "sigterm_one": (3, lambda rank: member(rank, slowly, steps=300), send([signal.SIGTERM], to=[1])),
+    "sigint_all": (2, lambda rank: member(rank, slowly, steps=300), send([signal.SIGINT, signal.SIGTERM], to=[0, 1])),
+    "stuck": (2, lambda rank: member(rank, stuck), twice),
+}
