@@ -210,6 +210,7 @@ class Counted:
 
 def test_a_full_disk_says_so_and_leaves_nothing_half(root, tmp_path, monkeypatch):
     def full(self, key, payload):
+        self.folder.folder.mkdir(parents=True, exist_ok=True)
         self._name, self._file = "x", open(self.folder.folder / "x.pack.tmp", "wb")
         raise OSError(28, "No space left on device")
 

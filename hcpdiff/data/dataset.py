@@ -170,7 +170,9 @@ class TrainData:
 
         for number, data in enumerate(self.datasets):
             if data.cache == "memory":
-                store = self._stores.setdefault(number, MemoryStore(data, self.maker.vae_factor))
+                store = self._stores.get(number)
+                if store is None or store.vae_id != vae_id:
+                    store = self._stores[number] = MemoryStore(data, vae_id, self.maker.vae_factor)
                 store.fill(encode, rank, world, exchange, tick)
             elif data.cache == "disk":
                 store = self._stores[number] = DiskStore(data.cache_dir, data, vae_id, self.maker.vae_factor)

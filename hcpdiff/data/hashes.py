@@ -96,7 +96,7 @@ class HashMemo:
             return
         records = np.array([(name, *state, digest) for name, (state, digest) in {**known, **new}.items()], dtype=_RECORD)
         body = records.tobytes()
-        with contextlib.suppress(PermissionError):  # Windows: another process reads the file just now; it will hash again
+        with contextlib.suppress(OSError):  # full or read-only disk; Windows, while another process reads the file: they will be hashed again
             write_whole(self.path, _HEAD.pack(_MAGIC, len(records), hashlib.blake2b(body, digest_size=32).digest()) + body)
 
 

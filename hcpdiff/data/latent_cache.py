@@ -42,10 +42,10 @@ _LOOK_SECONDS = 5.0  # how often to look for what other processes have put into 
 
 
 class MemoryStore:
-    """Entries of one dataset by (image, view)."""
+    """Entries of one dataset by (image, view), of one VAE."""
 
-    def __init__(self, data: TrainDataset, factor: int) -> None:
-        self.data, self.factor = data, factor
+    def __init__(self, data: TrainDataset, vae_id: str, factor: int) -> None:
+        self.data, self.vae_id, self.factor = data, vae_id, factor
         self.entries: dict[tuple[int, int], Entry] = {}
 
     def get(self, image: int, view: int) -> Entry:
@@ -55,17 +55,17 @@ class MemoryStore:
     def fill(self, encode: Encode, rank: int, world: int, exchange: Exchange | None, tick: Tick) -> None:
         """Encode what is missing. With `exchange`, each rank encodes its share and gets the others'; without, each encodes everything."""
         images = [image for image in range(len(self.data)) if (image, 0) not in self.entries]
-        shares = [images[number::world] for number in range(world)] if exchange else [images]
-        mine = shares[rank if exchange else 0]
         faults = Faults()
-        for start in range(0, max(len(share) for share in shares), _ROUND):
+        for share in rounds(images, rank, world if exchange else 1):
             made = {}
-            for image, views in self._encoded(mine[start:start + _ROUND], encode, faults):
+            for image, views in self._encoded(share, encode, faults):
                 made.update({(image, number): entry for number, entry in enumerate(views)})
                 tick(1)
             for part, others in exchange((made, faults)) if exchange else [(made, faults)]:
                 self.entries.update(part)
                 faults.add(others)
+            if faults.others:
+                break
         faults.check()
 
     def _encoded(self, images: Sequence[int], encode: Encode, faults: "Faults") -> Iterator[tuple[int, list[Entry]]]:
@@ -83,6 +83,14 @@ class MemoryStore:
             return load_views(self.data, image, self.data.views(image), self.factor)
         except DataError as error:
             return error
+
+
+def rounds(images: Sequence[int], rank: int, world: int) -> Iterator[Sequence[int]]:
+    """A rank's share of the images in pieces, as many as every other rank's; between two, ranks exchange what they have, so that none waits for another
+    for longer than a piece takes (a collective that waits too long ends the run)."""
+    mine = images[rank::world]
+    for start in range(0, -(-len(images) // world), _ROUND):
+        yield mine[start:start + _ROUND]
 
 
 @dataclass
@@ -175,32 +183,37 @@ class DiskStore:
     def fill(self, encode: Encode, rank: int, world: int, exchange: Exchange | None, tick: Tick) -> None:
         """Encode what is missing or damaged. With `exchange` each rank does its share; what another could not leave in this folder is made here."""
         images, faults = list(range(len(self.data))), Faults()
-        self._fill(images[rank::world] if exchange else images, encode, faults, tick)
-        if exchange:
-            for digests, others in exchange((self.digests, faults)):
-                self.digests.update(digests)
-                faults.add(others)
-        faults.check()
-        self.packs.refresh()
-        absent = [image for image in images if any(key not in self.packs for key in self.keys(image))]
-        self._fill(absent, encode, faults, lambda count: None)  # only where ranks do not share a file system
+        pieces = list(rounds(images, rank, world if exchange else 1))
+        with PackWriter(self.packs) as writer:
+            for number, share in enumerate(pieces, 1):
+                self._fill(share, encode, writer, faults, tick, publish=number == len(pieces))
+                for digests, others in exchange(({image: self.digests[image] for image in share if image in self.digests}, faults)) if exchange else ():
+                    self.digests.update(digests)
+                    faults.add(others)
+                if faults.others:  # the disk is full, or the VAE gives NaN: every rank knows by now, and none goes on for hours
+                    break
+            self.memo.save()
+            faults.check()
+            self.packs.refresh()
+            absent = [image for image in images if any(key not in self.packs for key in self.keys(image))]
+            self._fill(absent, encode, writer, faults, lambda count: None, publish=True)  # only where ranks do not share a file system
         faults.check()
         self.packs.touch_used()
 
-    def _fill(self, images: Sequence[int], encode: Encode, faults: Faults, tick: Tick) -> None:
-        if not images:
-            return
+    def _fill(self, images: Sequence[int], encode: Encode, writer: PackWriter, faults: Faults, tick: Tick, publish: bool) -> None:
         try:
-            with PackWriter(self.packs) as writer:
-                for image, found in in_threads(self._look, images):
-                    if isinstance(found, DataError):
-                        faults.images += found.faults
-                    else:
-                        self._keep(image, *found, encode, writer, faults)
-                        tick(1)
-            self.memo.save()
+            for image, found in in_threads(self._look, images):
+                if isinstance(found, DataError):
+                    faults.images += found.faults
+                else:
+                    self._keep(image, *found, encode, writer, faults)
+                    tick(1)
+            if publish:
+                writer.publish()
         except OSError as error:
-            faults.others.append(f"cache_dir = {str(self.packs.folder.parent)!r} cannot be written ({_why(error)}). Give another cache_dir, or cache_latents: memory.")
+            writer.discard()
+            faults.others.append(f"cache_dir = {str(self.packs.folder.parent)!r} cannot be written ({_why(error)}). What is in it stays. Free some space and start again, give "
+                                 f"another cache_dir, or cache_latents: memory.")
 
     def _look(self, image: int) -> tuple[Digests, list[tuple[np.ndarray, np.ndarray | None]]] | DataError:
         """(digests, pixels of each view, or none if all its entries are there and whole). Runs in threads."""

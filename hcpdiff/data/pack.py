@@ -24,6 +24,7 @@ _HEAD = struct.Struct("<8sIIQ32s8x")
 _RECORD = np.dtype([("key", "V32"), ("offset", "<u8"), ("length", "<u8"), ("digest", "V16")])
 _PACK_BYTES, _PACK_SECONDS = 128 << 20, 30.0  # a kill loses at most this much work
 _TEMP = ".tmp"
+TOUCH_SECONDS = 3600.0  # how often a run that goes on for days says which packs it reads
 STALE_SECONDS = 86400.0  # a temporary file this old belongs to no living writer
 
 
@@ -41,6 +42,7 @@ class PackFolder:
         self._table = _Table()
         self._read: set[str] = set()
         self._used: set[str] = set()
+        self._touched = time.monotonic()
         self._lock = threading.Lock()
         self.refresh()
 
@@ -81,6 +83,8 @@ class PackFolder:
                 payload = b""
             if len(payload) == record["length"] and payload_digest(payload) == bytes(record["digest"]):
                 self._used.add(pack)
+                if time.monotonic() - self._touched > TOUCH_SECONDS:
+                    self.touch_used()
                 return payload
             with self._lock:  # damaged: from now on it counts as not there
                 self._table.forget(pack, record)
@@ -88,9 +92,10 @@ class PackFolder:
 
     def touch_used(self) -> None:
         """Note on the files that they are in use, for prune."""
-        for pack in self._used:
+        self._touched = time.monotonic()
+        used, self._used = self._used, set()
+        for pack in list(used):  # threads may still add to it
             touch(self.folder / pack)
-        self._used.clear()
 
 
 class _Table:
@@ -156,7 +161,6 @@ class PackWriter:
 
     def __init__(self, folder: PackFolder, pack_bytes: int = _PACK_BYTES, pack_seconds: float = _PACK_SECONDS):
         self.folder, self.pack_bytes, self.pack_seconds = folder, pack_bytes, pack_seconds
-        folder.folder.mkdir(parents=True, exist_ok=True)
         self.pending: dict[bytes, tuple[int, int, bytes]] = {}
         self._file = None
         self._name = ""
@@ -167,13 +171,14 @@ class PackWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, OSError):
-            self._discard()
+            self.discard()
         else:
             self.publish()
 
     def add(self, key: bytes, payload: bytes) -> None:
         """Append one entry (32-byte key)."""
         if self._file is None:
+            self.folder.folder.mkdir(parents=True, exist_ok=True)
             self._name = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
             self._file = open(self.folder.folder / f"{self._name}.pack{_TEMP}", "wb")
             self._size, self._since = 0, time.monotonic()
@@ -193,18 +198,23 @@ class PackWriter:
             os.fsync(self._file.fileno())
             self._file.close()
         except OSError:
-            self._discard()
+            self.discard()
             raise
         self._file = None
-        os.replace(f"{base}.pack{_TEMP}", f"{base}.pack")
         records = np.array([(key, *place) for key, place in self.pending.items()], dtype=_RECORD)
         body = records.tobytes()
         head = _HEAD.pack(_MAGIC, FORMAT, _RECORD.itemsize, len(records), hashlib.blake2b(body, digest_size=32).digest())
-        write_whole(Path(f"{base}.idx"), head + body)
         self.pending.clear()
+        try:
+            os.replace(f"{base}.pack{_TEMP}", f"{base}.pack")
+            write_whole(Path(f"{base}.idx"), head + body)
+        except OSError:
+            for name in (f"{base}.pack{_TEMP}", f"{base}.pack"):  # nobody would ever read it, and the disk is full
+                Path(name).unlink(missing_ok=True)
+            raise
         self.folder.refresh()
 
-    def _discard(self) -> None:
+    def discard(self) -> None:
         """Give up what was not published, for instance because the disk is full."""
         if self._file is None:
             return
@@ -231,7 +241,10 @@ def write_whole(path: Path, content: bytes) -> None:
 def leftovers(folder: Path, now: float) -> Iterator[Path]:
     """Files that no reader will ever use: old temporary files, old packs without an index, indexes without a pack."""
     for path in folder.glob("*"):
-        old = now - path.stat().st_mtime > STALE_SECONDS
+        try:
+            old = now - path.stat().st_mtime > STALE_SECONDS
+        except FileNotFoundError:  # another process has renamed or removed it
+            continue
         if path.name.endswith(_TEMP) and old:
             yield path
         elif path.suffix == ".pack" and old and not path.with_suffix(".idx").exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,8 +155,9 @@ def file_mark(folder: Path) -> str:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """sha256 over names, shapes, dtypes and all values of a module's state."""
-    digest = hashlib.sha256()
+    """sha256 over the module's config, and names, shapes, dtypes and all values of its state: what makes it compute what it computes."""
+    config = {key: value for key, value in dict(getattr(module, "config", {})).items() if not key.startswith("_")}  # those are paths and versions
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in module.state_dict().items():
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().flatten().cpu().contiguous().view(torch.uint8).numpy().data)
