@@ -155,7 +155,7 @@ def test_cfg_yaml_names_the_folder_that_was_made(train, tmp_path):
 def test_a_run_can_be_resumed_under_another_precision(train):
     run, _, _ = train("mixed_precision=bf16")
     _, log, _ = train(f"train.resume={run.folder}", "mixed_precision=fp32", "train.train_steps=3", f"exp_dir={run.folder}")
-    assert "resumed with another mixed_precision: 'bf16' before, 'fp32' now" in log
+    assert "changed since the state was saved: mixed_precision: 'bf16' before, 'fp32' now" in log
 
 
 @pytest.mark.parametrize("learns,times", [([], 1), (["lora_text_encoder=[{lr: 1.0, rank: 2, layers: ['re:.*self_attn$']}]"], 2)])

@@ -129,7 +129,8 @@ def test_latest_is_the_newest_resumable_run(tmp_path):
     (tmp_path / "c").mkdir()
     for name in ("b", "a"):
         save_state(tmp_path / name, 3, {"step": 3}, keep=1)
-    assert find_run("latest", tmp_path).name == "a"
+    assert find_run("latest", tmp_path) == (tmp_path / "a", None)
+    assert find_run(str(tmp_path / "b" / "states" / "3")) == (tmp_path / "b", 3)
 
 
 def test_a_chosen_folder_must_be_new_and_an_automatic_one_gets_a_suffix(tmp_path):

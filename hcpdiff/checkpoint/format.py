@@ -43,8 +43,8 @@ class LoraFile:
 
 
 def save_lora(path: Path | str, layers: Mapping[str, LoraTensors], metadata: Mapping[str, str], *, dtype: torch.dtype | None = None,
-              check: Callable[[Path], None] | None = None) -> None:
-    """Writes one component's LoRA as a file of ours, whole or not at all.
+              check: Callable[[Path], None] | None = None) -> str:
+    """Writes one component's LoRA as a file of ours, whole or not at all; its SHA-256 comes back.
 
     `metadata` says the component and whatever else is true of the file; plain names (`step`) become `hcpdiff.step`, so that they meet no
     other program's. The format number is added. `dtype` is what the factors are stored in (None: as they are); alpha stays float32.
@@ -52,7 +52,7 @@ def save_lora(path: Path | str, layers: Mapping[str, LoraTensors], metadata: Map
     named = {key if "." in key or key.startswith("ss_") else META_PREFIX + key: value for key, value in metadata.items()}
     component = named.get(META_COMPONENT) or _component_of(layers)
     tensors = {key: value if dtype is None or key.endswith(".alpha") else value.to(dtype) for key, value in tensors_of(layers, component).items()}
-    save_tensors(path, tensors, {**named, META_FORMAT: FORMAT, META_COMPONENT: component}, check)
+    return save_tensors(path, tensors, {**named, META_FORMAT: FORMAT, META_COMPONENT: component}, check)
 
 
 def tensors_of(layers: Mapping[str, LoraTensors], component: str) -> dict[str, Tensor]:

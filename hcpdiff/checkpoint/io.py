@@ -5,6 +5,7 @@ Written by hand rather than through the safetensors package for three reasons: t
 of a damaged or hostile file is named. Its files are read by the package and the other way round.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,8 +27,21 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def write_atomic(path: Path | str, write: Callable[[BinaryIO], None], check: Callable[[Path], None] | None = None) -> None:
+class _Hashed:
+    """A binary stream to write to, and the digest of what was written: of the bytes that were meant, not of those that a disk made of them."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+
+def write_atomic(path: Path | str, write: Callable[[BinaryIO], None], check: Callable[[Path], None] | None = None) -> str:
     """Makes the file at `path` (and its folder) from what `write` puts into a binary stream; it appears complete or not at all.
+
+    The SHA-256 (hex) of what was written comes back.
 
     The bytes go to a temporary name in the same folder, are flushed to the disk, shown to `check` (which may raise) and renamed.
     CheckpointError names the file when it cannot be written; whatever `write` or `check` raise passes through. No temporary file is left.
@@ -39,13 +53,15 @@ def write_atomic(path: Path | str, write: Callable[[BinaryIO], None], check: Cal
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
-            write(file)
+            hashed = _Hashed(file)
+            write(hashed)
             file.flush()
             os.fsync(file.fileno())
         if check is not None:
             check(temporary)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
+        return hashed.digest.hexdigest()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {_why(path, error)}.") from error
     finally:
@@ -58,13 +74,13 @@ def _why(path: Path, error: OSError) -> str:
 
 
 def _discard(temporary: Path) -> None:
-    try:
+    """Takes a temporary file away. Where that cannot be done either (a disk that has become read-only), the next start does it, and the error
+    that led here is the one to tell."""
+    with contextlib.suppress(OSError):
         temporary.unlink(missing_ok=True)
-    except NotADirectoryError:  # a parent is a file, so nothing was made
-        return
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes the rename itself survive a power cut; Windows cannot open folders and does this by itself."""
     if os.name == "nt":
         return
@@ -75,8 +91,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], check: Callable[[Path], None] | None = None) -> None:
-    """Writes a safetensors file by `write_atomic`. Equal input gives equal bytes; views and shared storage are written out in full."""
+def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], check: Callable[[Path], None] | None = None) -> str:
+    """Writes a safetensors file by `write_atomic`; its SHA-256 comes back. Equal input gives equal bytes; views and shared storage are written out in full."""
     names = _order(tensors)
     header = _header(tensors, names, metadata, path)
 
@@ -86,7 +102,7 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
         for name in names:
             file.write(_bytes(tensors[name]))
 
-    write_atomic(path, write, check)
+    return write_atomic(path, write, check)
 
 
 def payload_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -1,78 +1,128 @@
-"""Training states: a folder `states/<step>/` that is there whole or not at all, holding plain data only (JSON and safetensors)."""
+"""Training states: a folder `states/<step>/` that is there whole or not at all, holding plain data only (JSON and safetensors).
 
+The folder is renamed into place after all else of its step is on the disk, so it is the mark that the step was saved whole.
+Only states with their SHA256SUMS count, and only one whose files have the checksums in it is gone on from.
+"""
+
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from .io import read_tensors, save_tensors, write_atomic
+from . import sums
+from .io import read_tensors, save_tensors, sync_folder, write_atomic
 
-FORMAT = 1
+FORMAT = 2
+STATES = "states"
+_JSON, _TENSORS = "state.json", "state.safetensors"
 _TENSOR, _PAIRS, _TUPLE = "__tensor__", "__pairs__", "__tuple__"
 
 
-def save_state(run: Path, step: int, tree: dict[str, Any], keep: int) -> Path:
-    """Writes `tree` (nested dicts, lists, numbers, text, tensors) as the state of `step`, then drops all but the newest `keep` states."""
-    folder = run / "states" / str(step)
-    making = folder.with_name(f".{step}.{os.getpid()}.tmp")
+def save_state(run: Path, step: int, tree: dict[str, Any], keep: int, weights: Mapping[str, str] | None = None) -> Path:
+    """Writes `tree` (nested dicts, lists, numbers, text, tensors) as the state of `step`, then drops all but the newest `keep` states.
+
+    weights: checksum of each weight file of the step, by its path below the run folder.
+    """
+    folder = run / STATES / str(step)
+    making, old = (folder.with_name(f".{step}.{os.getpid()}.{what}.tmp") for what in ("new", "old"))
     tensors: dict[str, Tensor] = {}
     text = json.dumps({"format": FORMAT, "step": step, "tree": _pack(tree, tensors, "state")}, indent=1)
     try:
-        save_tensors(making / "state.safetensors", tensors, {"format": str(FORMAT), "step": str(step)})
-        write_atomic(making / "state.json", lambda file: file.write(text.encode("utf-8")))
+        digest = save_tensors(making / _TENSORS, tensors, {"format": str(FORMAT), "step": str(step)})
+        own = {_TENSORS: digest, _JSON: write_atomic(making / _JSON, lambda file: file.write(text.encode("utf-8")))}
+        sums.write_sums(making, {**{f"../../{name}": sha for name, sha in (weights or {}).items()}, **own})
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, old)
         os.replace(making, folder)
+        sync_folder(folder.parent)
+    except CheckpointError as error:  # it names the temporary folder, which is no more
+        raise CheckpointError([fault.replace(making.name, str(step)) for fault in error.faults]) from error
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(making, ignore_errors=True)
-    for old in states(run)[:-keep]:
-        shutil.rmtree(run / "states" / str(old))
+        shutil.rmtree(old, ignore_errors=True)
+    for number in states(run)[:-keep]:
+        _drop(run / STATES / str(number))
     return folder
 
 
+def _drop(folder: Path) -> None:
+    """Deletes a state: first its name, since half a state must not look like one. One that cannot go is no fault of the save: the next save tries again."""
+    going = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
+    with contextlib.suppress(OSError):
+        os.replace(folder, going)
+        shutil.rmtree(going, ignore_errors=True)  # what is left goes at the next start
+
+
 def states(run: Path) -> list[int]:
-    """Steps of which a whole state is there, oldest first."""
-    folder = run / "states"
+    """Steps of which a state is there, oldest first."""
+    folder = run / STATES
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdigit() and (folder / name / "state.json").is_file())
+    return sorted(int(name) for name in names if name.isdigit() and (folder / name / sums.NAME).is_file())
 
 
-def load_state(run: Path) -> dict[str, Any]:
-    """The newest state of a run folder, as it was given to `save_state`."""
+def load_state(run: Path, step: int | None = None, say: Callable[[str], Any] = lambda line: None) -> dict[str, Any]:
+    """A state of a run folder, as it was given to `save_state`: that of `step`, or the newest one that is not damaged.
+
+    What is passed over is told to `say`. A damaged state that was asked for by its step is a CheckpointError.
+    """
     steps = states(run)
     if not steps:
         raise ConfigError(f"train.resume = {str(run)!r} holds no training state (states/<step>/). It was never saved, or this is no run folder.")
-    folder = run / "states" / str(steps[-1])
+    if step is not None:
+        return _asked_for(run, step, steps)
+    damage: list[str] = []
+    for number in reversed(steps):
+        try:
+            tree = _read(run / STATES / str(number))
+        except sums.Damaged as error:
+            damage += error.faults
+            continue
+        for line in damage:
+            say(f"warning: {line} The run goes on from the state before: {run / STATES / str(number)}")
+        return tree
+    raise CheckpointError([*damage, f"train.resume = {str(run)!r}: none of its {len(steps)} states is whole. A new run can start from its weights: model.init_lora={run}/ckpts/..."])
+
+
+def _asked_for(run: Path, step: int, steps: list[int]) -> dict[str, Any]:
+    there = f"There {'are' if len(steps) > 1 else 'is'}: {', '.join(str(run / STATES / str(number)) for number in steps)}."
+    if step not in steps:
+        raise ConfigError(f"train.resume = {str(run / STATES / str(step))!r}: there is no such state. {there}")
     try:
-        record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'state.json'} cannot be read: {error}. Remove {folder} to go on from the state before it.") from error
+        return _read(run / STATES / str(step))
+    except sums.Damaged as error:
+        raise CheckpointError(f"{' '.join(error.faults)} train.resume={run} takes the newest state that is whole. {there}") from error
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    sums.check(folder, (_TENSORS, _JSON))
+    record = json.loads((folder / _JSON).read_text(encoding="utf-8"))
     if record.get("format") != FORMAT:
         raise CheckpointError(f"{folder} has format {record.get('format')}, this version reads {FORMAT}: resume with the version that wrote it.")
-    try:
-        tensors, _ = read_tensors(folder / "state.safetensors")
-    except CheckpointError as error:
-        raise CheckpointError([*error.faults, f"Remove {folder} to go on from the state before it."]) from error
+    tensors, _ = read_tensors(folder / _TENSORS)
     return _unpack(record["tree"], tensors)
 
 
-def find_run(resume: str, root: Path = Path("exps")) -> Path:
-    """The run folder that `train.resume` names; 'latest' is the one below `root` with the newest state."""
+def find_run(resume: str, root: Path = Path("exps")) -> tuple[Path, int | None]:
+    """The run folder that `train.resume` names, and the step where it names one state in it; 'latest' is the run below `root` with the newest state."""
     if resume != "latest":
-        run = Path(resume)
-        if not run.is_dir():
-            raise ConfigError(f"train.resume = {resume!r}: there is no such folder. It takes a run folder, or latest.")
-        return run
+        path = Path(resume)
+        if path.name.isdigit() and path.parent.name == STATES:
+            return path.parent.parent, int(path.name)
+        if not path.is_dir():
+            raise ConfigError(f"train.resume = {resume!r}: there is no such folder. It takes a run folder, one of its states (<run folder>/states/<step>), or latest.")
+        return path, None
     runs = [path for path in root.iterdir() if path.is_dir() and states(path)] if root.is_dir() else []
     if not runs:
         raise ConfigError(f"train.resume = latest: no run below {root}/ has a training state.")
-    return max(runs, key=lambda run: (run / "states" / str(states(run)[-1])).stat().st_mtime_ns)
+    return max(runs, key=lambda run: (run / STATES / str(states(run)[-1])).stat().st_mtime_ns), None
 
 
 def _pack(value: Any, tensors: dict[str, Tensor], path: str) -> Any:

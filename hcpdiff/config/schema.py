@@ -111,11 +111,20 @@ class TrainConfig:
     save_step: int | None = key(100, "Save every this many steps. null: only at the end.", "每多少步保存一次；null 只在结束时保存。", ge=1, unit="steps")
     save_dtype: Literal["fp32", "fp16", "bf16"] = key("fp32", "Number format of the files in ckpts/.", "ckpts/ 中文件的精度。")
     keep_states: int = key(2, "How many of the newest resumable states to keep.", "保留最近几个可恢复的训练状态。", ge=1)
+    keep_last: int | None = key(None, "Keep the weight files of this many newest saves, and of those that have a state; older ones of this run are deleted. null: keep all.",
+                                "只保留最近几次保存的权重文件（仍有训练状态的也保留），本次训练更早的会被删除。null 全部保留。", ge=1)
+    keep_every: int | None = key(None, "With keep_last: weight files of every step that is a multiple of this are kept for good. null: none.",
+                                 "与 keep_last 同用：步数为其倍数的权重文件永久保留。null 为无。", ge=1, unit="steps")
+    on_save_error: Literal["stop", "continue"] = key(
+        "stop", "When a save fails (disk full, folder not writable): stop the run, or warn and try again at the next save. The last save of a run must succeed either way.",
+        "保存失败（磁盘已满、文件夹不可写）时：stop 停止训练，continue 给出警告并在下次保存时重试。最后一次保存失败总是报错。")
     max_nonfinite: int = key(10, "Stop (exit code 3) after this many steps in a row with a NaN or infinite loss or gradient; such steps change nothing.",
                              "连续多少步出现 NaN 或无穷时停止（退出码 3）；这些步不会改变权重。", ge=1, unit="steps")
     log_step: int = key(10, "Log every this many steps.", "每多少步记录一次日志。", ge=1, unit="steps")
-    resume: str | None = key(None, "A run folder to go on with, or 'latest' for the newest resumable one below exps/.",
-                             "要继续的训练文件夹，或 latest（exps/ 下最新的可恢复训练）。", path=True, exists="folder", words=("latest",))
+    resume: str | None = key(None, "A run folder to go on with, one of its states (<run folder>/states/<step>), or 'latest' for the newest resumable run below exps/.",
+                             "要继续的训练文件夹，或其中某个状态（<训练文件夹>/states/<步数>），或 latest（exps/ 下最新的可恢复训练）。", path=True, exists="folder", words=("latest",))
+    resume_force: bool = key(False, "Go on although what is trained, or on what, has changed since the state was saved. The changes are logged.",
+                             "即使训练内容或数据与保存时不同，也继续训练；改动会写入日志。")
     on_orphan: Literal["stop", "continue"] = key("stop", "When the launcher (accelerate launch, torchrun) that started the run is killed: stop as at SIGTERM (finish and save "
                                                  "the step), or go on alone. A shell is no launcher. Not seen on Windows.",
                                                  "启动训练的 launcher（accelerate launch、torchrun）被杀死时：stop 与收到 SIGTERM 相同（完成并保存当前步后停止），continue 继续训练。"

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, HCPError
 
 
 def below(folder: Path, name: str) -> Path:
@@ -54,18 +54,39 @@ class Logger:
 def _each(name: str):
     def call(self, *args, **kwargs) -> None:
         for logger in self.loggers:
-            getattr(logger, name)(*args, **kwargs)
+            try:
+                getattr(logger, name)(*args, **kwargs)
+            except BrokenPipeError:  # nobody reads our output any more: the command line ends for it
+                raise
+            except OSError as error:
+                self._failed(logger, error)
 
     return call
 
 
 class LoggerGroup(Logger):
-    """Several loggers as one."""
+    """Several loggers as one. One that cannot write any more (a full disk) is told of once, by the others: it is no reason to lose a run."""
 
     def __init__(self, loggers: Sequence[Logger]):
         if not all(isinstance(logger, Logger) for logger in loggers):
             raise ConfigError("logger: LoggerGroup is not for configs: list the loggers themselves.")
-        self.loggers = list(loggers)
+        self.loggers, self.told = list(loggers), set()
 
-    open, say, scalars, progress = _each("open"), _each("say"), _each("scalars"), _each("progress")
+    def open(self, folder: Path, first_step: int, total_steps: int) -> None:
+        """As `Logger.open`; what cannot be written at the start is an HCPError."""
+        for logger in self.loggers:
+            try:
+                logger.open(folder, first_step, total_steps)
+            except OSError as error:
+                raise HCPError(f"{type(logger).__name__} cannot write in {folder}: {error.strerror or error}.") from error
+
+    def _failed(self, logger: Logger, error: OSError) -> None:
+        if id(logger) in self.told:
+            return
+        self.told.add(id(logger))
+        for other in self.loggers:
+            if id(other) not in self.told:
+                other.say(f"warning: {type(logger).__name__} cannot write: {error.strerror or error}. The run goes on; what it logs there may be incomplete from here on.")
+
+    say, scalars, progress = _each("say"), _each("scalars"), _each("progress")
     advance, images, flush, close = _each("advance"), _each("images"), _each("flush"), _each("close")

@@ -1,4 +1,4 @@
-"""What happens beside the steps: logging, saving, previews."""
+"""What happens beside the steps: logging and previews; saving is in `save.py`."""
 
 import math
 import statistics
@@ -7,17 +7,13 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ..checkpoint.format import save_lora
-from ..checkpoint.resume import save_state
-from ..errors import HCPError, NonFiniteError
+from ..errors import HCPError
 from ..loggers import Logger
 from .optim import weights_for_use
 from .parallel import Parallel
-from .state import training_state
 from .trainer import Hook, Trainer
 
 
@@ -119,38 +115,6 @@ class Periodic(Hook):
 
     def act(self, trainer: Trainer) -> None:
         """The thing itself."""
-
-
-class SaveHook(Periodic):
-    """Every `every` steps and at the end: weight files for users in ckpts/, and a state to resume from. Rank 0 writes; nobody waits."""
-
-    def __init__(self, run: Path, trainables: Sequence, metadata: Mapping[str, str], dtype: torch.dtype, every: int | None, keep_states: int,
-                 describe: Callable[[], dict[str, Any]], log: LogHook):
-        super().__init__(every)
-        self.run, self.trainables, self.metadata, self.dtype = run, trainables, metadata, dtype
-        self.keep_states, self.describe, self.log = keep_states, describe, log
-
-    def on_stop(self, trainer: Trainer) -> None:
-        self._once(trainer)
-
-    def act(self, trainer: Trainer) -> None:
-        """Writes the checkpoint and the state of the step that is done."""
-        step = trainer.state.step
-        self.log.flush(trainer)
-        with weights_for_use(trainer.optimizer):
-            paths = [self._export(trainable, step) for trainable in self.trainables]
-        save_state(self.run, step, training_state(trainer, self.trainables) | {"run": self.describe()}, self.keep_states)
-        self.log.logger.flush()
-        self.log.logger.say(f"saved {', '.join(str(path) for path in paths)}")
-
-    def _export(self, trainable, step: int) -> Path:
-        layers = trainable.export()
-        bad = [path for path, t in layers.items() if not (torch.isfinite(t.down).all() and torch.isfinite(t.up).all())]
-        if bad:
-            raise NonFiniteError(f"step {step} is not saved: {len(bad)} layers hold NaN or infinity, such as {bad[0]}. The checkpoints before it are whole.")
-        path = self.run / "ckpts" / f"{trainable.component.file_stem}-{step}.safetensors"
-        save_lora(path, layers, {**self.metadata, "step": str(step), "component": trainable.component.name}, dtype=self.dtype)
-        return path
 
 
 class PreviewHook(Periodic):

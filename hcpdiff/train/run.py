@@ -1,5 +1,6 @@
 """The only place that wires a run together: config -> model, data, trainables -> trainer, hooks, loggers."""
 
+import functools
 import json
 import re
 import time
@@ -9,13 +10,13 @@ from pathlib import Path
 import torch
 
 from .. import device as machine
-from ..checkpoint import format as lora_format
 from ..checkpoint.io import write_atomic
-from ..checkpoint.resume import find_run, load_state, states
+from ..checkpoint.resume import find_run, states
 from ..config.build import build, check_target
 from ..config.load import Loaded
 from ..config.schema import RunConfig
 from ..data.dataset import build_train_data
+from ..data.fingerprint import fingerprint as data_fingerprint
 from ..data.plan import Position
 from ..diffusion.objective import PREDICTIONS, DiscreteObjective
 from ..errors import ConfigError, HCPError, Interrupted
@@ -27,13 +28,16 @@ from ..loss import make_loss
 from ..trainables.lora import LoraTrainable
 from . import folder, report
 from .conditioning import Encoder, FrozenText
-from .hooks import LogHook, PreviewHook, SaveHook
+from .hooks import LogHook, PreviewHook
+from .init import start_from_files
 from .optim import Gradients, lr_factor, optimizer_groups, simulated_factor
 from .lock import RunLock
 from .parallel import Parallel
 from .probe import probe
+from .resumed import Resumed
+from .save import SaveHook, SavePolicy
 from .signals import StopRequest
-from .state import restore, resume_notes
+from .state import restore
 from .step import DenoisingStep
 from .trainer import Trainer
 
@@ -107,7 +111,7 @@ class Run:
         for file in self.loaded.files:
             self.log.say(f"config: {file}")
         for notice in (*self.loaded.notices, *self.said_before):
-            self.log.say(f"note: {notice}")
+            self.log.say(notice if notice.startswith("warning:") else f"note: {notice}")
 
     def _set_up_machine(self) -> None:
         machine.check_build()
@@ -144,12 +148,13 @@ class Run:
         if not self.cfg.train.resume:
             folder.check(self.cfg.exp_dir, self.automatic)
         else:
-            self.folder = find_run(self.cfg.train.resume)
+            self.folder, step = find_run(self.cfg.train.resume)
             if self.parallel.main:
                 self._hold(RunLock(self.folder))
+            self.resumed = Resumed(self.cfg.train.resume, self.folder, step)
             if not self.automatic and Path(self.cfg.exp_dir).resolve() != self.folder.resolve():
                 self.said_before.append(f"exp_dir = {self.cfg.exp_dir!r} is not used: the run goes on in {self.folder}")
-            self.resumed = load_state(self.folder)
+            self.said_before += self.resumed.notices
 
     def _hold(self, lock: RunLock) -> None:
         self.lock = lock
@@ -174,7 +179,7 @@ class Run:
             self.models.scheduler_config = dict(scheduler.config)
         if model.prediction_type != "auto":
             self.models.scheduler_config = {**self.models.scheduler_config, "prediction_type": model.prediction_type}
-        self.base_mark = file_mark(self.base / "unet")
+        self.marks = {component.name: file_mark(self.base / component.name) for component in self.family.components} | {"vae": fingerprint(self.models.vae)}
         self.attention = machine.set_attention(self.models.unet, self.cfg.model.attention, "model.attention")
 
     def _attach_adapters(self) -> None:
@@ -189,7 +194,8 @@ class Run:
             collect(faults, check)
         if faults:
             raise ConfigError(faults)
-        self._start_from_files()
+        for notice in start_from_files(self.cfg.model, self.trainables):
+            self.log.say(notice)
         for trainable in self.trainables:
             for lora in trainable.adapters.values():
                 lora.to(self.device)  # the optimizer is made of these, before the frozen weights follow
@@ -209,26 +215,6 @@ class Run:
 
             check_preview(self.models, self.cfg.preview)
 
-    def _start_from_files(self) -> None:
-        """One file may hold both parts (webui); what the run has no place for is an error or is said."""
-        by_name = {trainable.component.name: trainable for trainable in self.trainables}
-        for key, name in (("init_lora", "unet"), ("init_lora_TE", "text_encoder")):
-            path = getattr(self.cfg.model, key)
-            if not path:
-                continue
-            if name not in by_name:
-                raise ConfigError(f"model.{key} = {path!r}, but lora_{name} is null: nothing would be done with it.")
-            file = lora_format.load_lora(path)
-            if not file.layers.get(name):
-                raise ConfigError(f"model.{key} = {path!r} holds no LoRA of the {name}.")
-            for other, layers in file.layers.items():
-                if other == name or (key == "init_lora" and other in by_name and not self.cfg.model.init_lora_TE):
-                    notices = by_name[other].load(layers, path)
-                else:
-                    notices = [f"note: {path}: its {len(layers)} layers of the {other} are not used."]
-                for notice in (*notices, *(file.notices if other == name else ())):
-                    self.log.say(notice)
-
     # -- the folder and what is made in it --------------------------------------------------------------------------------------------
 
     def _make_folder(self, step: int) -> None:
@@ -237,19 +223,23 @@ class Run:
                 self.folder, held = folder.claim(self.cfg.exp_dir, self.automatic)
                 self._hold(held)
             self.folder = Path(self.parallel.share(str(self.folder)))
+        elif len(set(self.parallel.gather(step))) > 1:  # no process changes the folder before all have read it
+            raise ConfigError(f"train.resume: the processes found different newest states in {self.folder}. Is it on a file system that they share?")
         if self.parallel.main:
             name = "cfg.yaml" if not self.resumed else f"cfg-resumed-{step}.yaml"
             text = self.loaded.yaml
             if str(self.folder) != self.cfg.exp_dir:  # the name was taken and got a suffix
                 text = re.sub(r"^exp_dir:.*$", lambda _: f"exp_dir: {json.dumps(str(self.folder))}", text, flags=re.MULTILINE)
             write_atomic(self.folder / name, lambda file: file.write(text.encode("utf-8")))
+            for line in self.resumed.tidy() if self.resumed else ():
+                self.log.say(line)
         self.log.open(self.folder, step, self.total_steps)
         self.log.say(f"run folder: {self.folder}")
 
     def _length(self) -> int:
         total = self.cfg.train.train_steps or self.cfg.train.train_epochs * self.data.steps_per_epoch
-        if self.resumed and self.resumed["step"] >= total:
-            raise ConfigError(f"train.resume: {self.folder} has done {self.resumed['step']} of {total} steps. Raise train.train_epochs or train.train_steps to go on.")
+        if self.resumed and self.resumed.step >= total:
+            raise ConfigError(f"train.resume: {self.folder} has done {self.resumed.step} of {total} steps. Raise train.train_epochs or train.train_steps to go on.")
         return total
 
     def _report(self, step: int) -> None:
@@ -275,7 +265,7 @@ class Run:
         self.said, self.phase = time.monotonic(), "encoding latents"
         self.models.vae.to(self.device)
         exchange = self.parallel.gather if self.parallel.world > 1 else None
-        self.data.cache_latents(self._encode_latents, fingerprint(self.models.vae), self.parallel.rank, self.parallel.world, exchange, self._caching)
+        self.data.cache_latents(self._encode_latents, self.marks["vae"], self.parallel.rank, self.parallel.world, exchange, self._caching)
         if self.data.all_cached:
             self.models.vae.to("cpu")  # previews fetch it when they draw
             if not self.cfg.preview.prompts:
@@ -320,10 +310,11 @@ class Run:
             max_nonfinite=train.max_nonfinite, fp16=self.dtype == torch.float16)
         trainer.state.positions = self.data.plan.start_of(0)
         if self.resumed:
-            notes = resume_notes(self.resumed["run"], self._described())
-            restore(trainer, self.trainables, self.resumed, Position, frozenset(train.optimizer) - {"_target_", "_partial_"})
-            for note in notes:
-                self.log.say(f"note: {note}")
+            for line in self.resumed.differences(self.described, self.trainables, train.resume_force):
+                self.log.say(line)
+            start = self.data.plan.start_of(self.resumed.state["positions"][0][0])
+            state = self.resumed.placed([data.name for data in self.data.datasets], [(p.epoch, p.chunk) for p in start])
+            restore(trainer, self.trainables, state, Position, frozenset(train.optimizer) - {"_target_", "_partial_"})
         return trainer
 
     def _gradients(self, groups: list) -> Gradients:
@@ -360,10 +351,15 @@ class Run:
         """Of rank 0 those that write; of every rank its share of the previews."""
         train = self.cfg.train
         log = LogHook(self.log, train.log_step, self.data.steps_per_epoch)
-        hooks = [] if not self.parallel.main else [log, SaveHook(self.folder, self.trainables, self._metadata(), machine.DTYPES[train.save_dtype], train.save_step, train.keep_states, self._described, log)]
+        hooks = [log, self._save_hook(log)] if self.parallel.main else []
         if self.cfg.preview.prompts:
             hooks.append(PreviewHook(self._draw, self.folder, self.cfg.preview.every, self.log, self.parallel))
         return hooks
+
+    def _save_hook(self, log: LogHook) -> SaveHook:
+        train = self.cfg.train
+        policy = SavePolicy(train.save_step, machine.DTYPES[train.save_dtype], train.keep_states, train.keep_last, train.keep_every, train.on_save_error)
+        return SaveHook(self.folder, self.trainables, self._metadata(), policy, self.described, log, self.resumed and self.resumed.state["weights"])
 
     def _draw(self) -> list:
         """This process's share of the preview prompts, drawn."""
@@ -385,13 +381,17 @@ class Run:
 
     def _metadata(self) -> dict[str, str]:
         cfg = self.cfg
-        settings = {"seed": cfg.seed, "train": self.loaded.plain["train"], **{t.key: self.loaded.plain[t.key] for t in self.trainables}}
-        settings["train"].pop("resume", None)  # a local path
-        return {"family": self.family.name, "base_version": self.family.base_version(self.models), "base_model": self.models.name, "base_mark": self.base_mark,
+        train = {key: value for key, value in self.loaded.plain["train"].items() if key not in ("resume", "resume_force")}  # a resumed run writes the same files
+        settings = {"seed": cfg.seed, "train": train, **{t.key: self.loaded.plain[t.key] for t in self.trainables}}
+        return {"family": self.family.name, "base_version": self.family.base_version(self.models), "base_model": self.models.name, "base_mark": self.marks["unet"],
                 "versions": json.dumps(report.versions()), "settings": json.dumps(settings)}
 
-    def _described(self) -> dict:
-        return {"versions": report.versions(), "world": self.parallel.world, "accumulation": self.accumulation, "base_mark": self.base_mark, "config": self.loaded.plain}
+    @functools.cached_property
+    def described(self) -> dict:
+        """What `compare` needs to know of this run; of the data as it was at the start, not as it is when a state is saved."""
+        alphas = {f"{t.component.name}.{path}": lora.alpha for t in self.trainables for path, lora in t.adapters.items()}
+        return {"versions": report.versions(), "device": machine.describe(self.device), "world": self.parallel.world, "accumulation": self.accumulation, "marks": self.marks,
+                "alphas": alphas, "data": data_fingerprint(self.data.datasets), "config": self.loaded.plain}
 
 
 def collect(faults: list[str], check: Callable[[], object]) -> None:

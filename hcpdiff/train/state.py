@@ -8,13 +8,6 @@ import torch
 from ..errors import CheckpointError
 from .trainer import Trainer
 
-# What makes a run the run that it is: key, its name, what to do.
-DECISIVE = (
-    ("base_mark", "the base model of fingerprint", "Name the model that it was trained on."),
-    ("config.train.optimizer._target_", "train.optimizer._target_", "Keep it, or start anew from its weights with model.init_lora."),
-    ("config.seed", "seed", "Keep it."),
-)
-
 
 def training_state(trainer: Trainer, trainables: Sequence) -> dict[str, Any]:
     """All that a resumed run needs, as plain data."""
@@ -30,44 +23,19 @@ def training_state(trainer: Trainer, trainables: Sequence) -> dict[str, Any]:
     }
 
 
-def resume_notes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between the run that was saved and the one that goes on, for the log.
-
-    Another base model, optimizer or seed would not be the same run: CheckpointError.
-    """
-    was, asked = _flat(saved), _flat(now)
-    changed = {key: (was.get(key), asked.get(key)) for key in sorted(was.keys() | asked.keys()) if was.get(key) != asked.get(key)}
-    faults = [f"train.resume: the run was saved with {name} {changed[key][0]!r}, now it is {changed[key][1]!r}: that would be another run. {hint}"
-              for key, name, hint in DECISIVE if key in changed]
-    if faults:
-        raise CheckpointError(faults)
-    own = {"config.train.resume", "config.exp_dir"}
-    return [f"resumed with another {key.removeprefix('config.')}: {old!r} before, {new!r} now" for key, (old, new) in changed.items() if key not in own]
-
-
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    """Dotted key -> leaf."""
-    if isinstance(tree, Mapping):
-        return {key: leaf for name, item in tree.items() for key, leaf in _flat(item, f"{path}.{name}" if path else str(name)).items()}
-    return {path: tree}
-
-
 def layout(trainables: Sequence) -> list[list[str]]:
     """Which layers each parameter group holds, in order: optimizer state knows its parameters by place only."""
     return [[path for path in t.adapters if t.group_of[path] == index] for t in trainables for index in range(len(t.groups))]
 
 
 def restore(trainer: Trainer, trainables: Sequence, state: Mapping[str, Any], position: Callable, options: frozenset[str] = frozenset()) -> None:
-    """Puts a trainer where `training_state` was taken; faults are named, and nothing is loaded half.
+    """Puts a trainer where `training_state` was taken; CheckpointError if it does not fit (`misfits`), and nothing is loaded half.
 
     `options` are the optimizer's arguments that the config of this run sets: they hold, as the lr does.
     """
-    faults = [line for t in trainables for line in _differences(t, state["adapters"].get(t.component.name, {}))]
-    faults += [f"the state trained {name}, this config does not." for name in state["adapters"] if name not in {t.component.name for t in trainables}]
-    if not faults and state["layout"] != layout(trainables):
-        faults = ["the same layers are in other groups, or the groups in another order."]
+    faults = misfits(trainables, state)
     if faults:
-        raise CheckpointError([f"train.resume: the state belongs to another configuration: {fault} Start from the run's own cfg.yaml." for fault in faults])
+        raise CheckpointError([f"train.resume: {fault}" for fault in faults])
     with torch.no_grad():
         for t in trainables:
             for path, tensors in state["adapters"][t.component.name].items():
@@ -86,9 +54,18 @@ def _own_options(optimizer_state: dict, trainer: Trainer, options: frozenset[str
     return {**optimizer_state, "param_groups": groups}
 
 
+def misfits(trainables: Sequence, state: Mapping[str, Any]) -> list[str]:
+    """Why the tensors of a state cannot be put into these trainables; empty if they can."""
+    faults = [line for t in trainables for line in _differences(t, state["adapters"].get(t.component.name, {}))]
+    faults += [f"the state has LoRA layers of the {name}, this config trains none." for name in state["adapters"] if name not in {t.component.name for t in trainables}]
+    if not faults and state["layout"] != layout(trainables):
+        faults = ["the same LoRA layers are in other groups, or the groups in another order."]
+    return faults
+
+
 def _differences(trainable, saved: Mapping) -> list[str]:
     missing = [path for path in trainable.adapters if path not in saved]
     extra = [path for path in saved if path not in trainable.adapters]
     shape = [path for path, lora in trainable.adapters.items() if path in saved and saved[path]["down"].shape != lora.down.shape]
-    found = ((missing, "layers are new in"), (extra, "layers of the state are not in"), (shape, "layers have another rank in"))
+    found = ((missing, "LoRA layers are new in"), (extra, "LoRA layers of the state are not in"), (shape, "LoRA layers have another rank in"))
     return [f"{len(paths)} {what} {trainable.key}, such as {paths[0]}." for paths, what in found if paths]

@@ -1,0 +1,56 @@
+"""The state that a resumed run goes on from: found and verified, compared with what is asked for now, and its folder made that of its step."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import sums, tidy
+from ..checkpoint.resume import STATES, load_state
+from ..errors import CheckpointError
+from .compare import compare
+from .state import misfits
+
+
+class Resumed:
+    """`state` as it was saved, in run folder `folder`: that of `step`, or the newest whole one. `asked` is what the config says; `notices` are for the log."""
+
+    def __init__(self, asked: str, folder: Path, step: int | None):
+        self.asked, self.folder, self.notices = asked, folder, []
+        self.state = load_state(folder, step, self.notices.append)
+        self.step: int = self.state["step"]
+        mark = self.folder / STATES / str(self.step)
+        self.notices += [f"warning: {path} is not what was saved with {mark}. The state holds the weights itself; the run goes on from those." for path in sums.changed(mark)]
+
+    def differences(self, now: Mapping[str, Any], trainables: Sequence, force: bool) -> list[str]:
+        """Lines for the log on what has changed since. CheckpointError with all that has, where this would be another run (unless `force`) or cannot be."""
+        changes = compare(self.state["run"], now)
+        impossible, refused = [*changes.impossible, *misfits(trainables, self.state)], [] if force else changes.refused
+        faults = []
+        if impossible:
+            faults.append(_listed("the saved state cannot be gone on from, not even with train.resume_force:", impossible, "Set this back."))
+        if refused:
+            faults.append(_listed("this would be another run than the one that was saved:", refused, "Set this back, or go on all the same with train.resume_force=true."))
+        if faults:
+            weights = f"A new run can start from the weights of this one: model.init_lora={self.folder}/ckpts/..."
+            raise CheckpointError([f"train.resume = {self.asked!r}: {fault} {weights}" for fault in faults])
+        return [*(f"warning: train.resume_force: this is another run than the one that was saved: {line}" for line in changes.refused),
+                *(f"note: changed since the state was saved: {line}" for line in changes.notes)]
+
+    def placed(self, names: Sequence[str], start: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """The state with a position for each dataset of now: `start` for one that is new, as there may be where resume_force was given."""
+        places = dict(zip(self.state["run"]["data"], self.state["positions"], strict=True))
+        return {**self.state, "positions": [places.get(name, list(place)) for name, place in zip(names, start, strict=True)]}
+
+    def tidy(self) -> list[str]:
+        """Makes the folder that of its state: no leftovers, nothing of a later step. Lines for the log. Only one process may do this, after all have read."""
+        lines, count = [], tidy.remove_leftovers(self.folder)
+        if count:
+            lines.append(f"note: {count} unfinished files of a save that was cut off were removed")
+        moved = tidy.set_aside(self.folder, self.step)
+        if moved:
+            lines.append(f"note: {len(moved[1])} files and states of later steps than {self.step} were moved to {moved[0]}, such as {moved[1][0]}")
+        return lines
+
+
+def _listed(title: str, lines: list[str], way: str) -> str:
+    return "\n  ".join([title, *lines]) + f"\n{way}"

@@ -1,0 +1,102 @@
+"""Whole runs in this process, on a tiny model: made, stopped after a step, resumed, and compared bit for bit."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from hcpdiff.config.load import load
+from hcpdiff.config.schema import RunConfig
+from hcpdiff.train.parallel import Parallel
+from hcpdiff.train.run import Run
+from hcpdiff.train.signals import StopRequest
+from hcpdiff.train.trainer import Hook
+
+
+class StopAfter(Hook):
+    """Asks the run to stop as a SIGTERM does, or raises (`crash`), after a step. A stop is asked for before the step, and comes after it."""
+
+    def __init__(self, step: int, crash: bool, stop: StopRequest):
+        self.step, self.crash, self.stop = step, crash, stop
+
+    def on_epoch_begin(self, trainer, epoch: int) -> None:
+        self._ask(trainer.state.step)
+
+    def on_step_end(self, trainer) -> None:
+        if self.crash and trainer.state.step == self.step:
+            raise Crash
+        self._ask(trainer.state.step)
+
+    def _ask(self, done: int) -> None:
+        if not self.crash and done == self.step - 1:
+            self.stop.signal = signal.SIGTERM
+
+
+class Crash(BaseException):
+    """A run that dies between two saves."""
+
+
+class Stoppable(Run):
+    """A run that stops itself after a step."""
+
+    def __init__(self, config: str, overrides: list[str], step: int | None, crash: bool):
+        super().__init__(load(config, overrides, RunConfig), Parallel())
+        self.stopper = [StopAfter(step, crash, self.stop)] if step else []
+
+    def _hooks(self) -> list:
+        return [*super()._hooks(), *self.stopper]
+
+
+def run(config: str, *overrides: str, stop: int | None = None, crash: bool = False) -> tuple[Run, str]:
+    """(the run, its whole log) of a run in this process; `stop`: the step after which it stops (and saves) or, with `crash`, dies."""
+    one = Stoppable(config, list(overrides), stop, crash)
+    try:
+        code = one.train()
+        assert code == (128 + signal.SIGTERM if stop else 0), code
+    except Crash:
+        assert crash
+    return one, (one.folder / "train.log").read_text(encoding="utf-8")
+
+
+def images(folder: Path, count: int = 5, sizes=((64, 64), (96, 64))) -> None:
+    """Noise pictures with captions of four tags."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.effect_noise(sizes[i % len(sizes)], 20 * i + 10).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"red, blue, number {i}, green", encoding="utf-8")
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run: tag -> (step, value)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tblog"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def next_second(folder: Path) -> None:
+    """Waits until the names of TensorBoard's files, which hold seconds, sort after those that are there: runs of users are never so close."""
+    newest = max((int(path.name.split(".")[3]) for path in (folder / "tblog").iterdir()), default=0)
+    while int(time.time()) <= newest:
+        time.sleep(0.02)
+
+
+def assert_same_run(whole: Path, parts: Path, step: int) -> None:
+    """Weight files, optimizer, place in the data and scalars of two run folders after `step` steps are the same bits."""
+    from safetensors.torch import load_file
+
+    names = sorted(path.name for path in (whole / "ckpts").glob(f"*-{step}.safetensors"))
+    files = [f"ckpts/{name}" for name in names] + [f"states/{step}/state.safetensors"]
+    assert names
+    for name in files:
+        a, b = load_file(whole / name), load_file(parts / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
+    trees = [json.loads((folder / "states" / str(step) / "state.json").read_text(encoding="utf-8"))["tree"] for folder in (whole, parts)]
+    assert all(trees[0][key] == trees[1][key] for key in ("step", "positions", "skipped", "loss_scale", "optimizer", "layout"))
+    curves = [scalars(folder) for folder in (whole, parts)]
+    assert curves[0] == curves[1]
+    assert all([number for number, _ in values] == list(range(1, step + 1)) for values in curves[0].values())

@@ -1,0 +1,179 @@
+"""A run that is resumed under other circumstances: what is refused, what is noted, what resume_force does."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from run_help import images, run
+from tiny import make_tiny_sd
+
+from hcpdiff.config.load import load
+from hcpdiff.config.schema import RunConfig
+from hcpdiff.errors import CheckpointError
+from hcpdiff.train.compare import compare, flat
+
+CONFIG = """
+train: {{train_steps: 3, cpu_threads: 1, log_step: 1, save_step: 1, optimizer: {{_target_: torch.optim.SGD}}}}
+model: {{pretrained_model_name_or_path: '{model}'}}
+lora_unet:
+  - {{lr: 1.0, rank: 2, layers: ['re:.*attn2\\.to_k$']}}
+data:
+  one:
+    batch_size: 2
+    source: {{a: {{img_root: images, caption_file: images, word_names: {{pt1: thing}}}}}}
+    bucket: {{sizes: [[64, 64]]}}
+"""
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, tiny_sd1):
+    """A folder with images, a config and a run of three steps."""
+    place = tmp_path_factory.mktemp("changes")
+    images(place / "images", 4)
+    (place / "cfg.yaml").write_text(CONFIG.format(model=tiny_sd1), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        run("cfg.yaml", "exp_dir=run")
+    return place
+
+
+@pytest.fixture
+def place(first, tmp_path, monkeypatch):
+    """A copy of it to spoil."""
+    shutil.copytree(first, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def resume(*overrides: str, steps: int = 4) -> str:
+    """What the log says from the resume on."""
+    before = len(open("run/train.log", encoding="utf-8").read())
+    return run("cfg.yaml", "train.resume=run", f"train.train_steps={steps}", *overrides)[1][before:]
+
+
+def refusal(*overrides: str) -> str:
+    before = {path: path.read_bytes() for path in __import__("pathlib").Path("run").rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError) as caught:
+        resume(*overrides)
+    assert caught.value.exit_code == 2
+    assert {path: path.read_bytes() for path in __import__("pathlib").Path("run").rglob("*") if path.is_file()} == before  # nothing was touched
+    return str(caught.value)
+
+
+def test_images_and_captions_that_changed_are_named_and_refused_in_one_message_with_the_rest(place, tmp_path):
+    Image.new("RGB", (64, 64)).save("images/new.png")
+    (place / "images" / "0.png").unlink()
+    with open("images/1.png", "ab") as file:  # other bytes, the same picture: nobody can tell without decoding
+        file.write(b"x")
+    (place / "images" / "2.txt").write_text("another caption", encoding="utf-8")
+    other = make_tiny_sd(tmp_path / "other", seed=1)
+    message = refusal(f"model.pretrained_model_name_or_path={other}", "seed=7", "data.one.batch_size=1", "train.gradient_accumulation_steps=2", "lora_unet.0.alpha=1", "model.clip_skip=1")
+    for line in ("data.one.source.a: 1 images are new: new.png", "data.one.source.a: 1 images are gone: 0.png", "data.one.source.a: 1 images have other content: 1.png",
+                 "data.one.source.a: 1 images have another caption: 2.png", "the base model's UNet has other weights", "the base model's text encoder has other weights",
+                 "the VAE has other weights", "seed: 42 before, 7 now", "data.one.batch_size: 2 before, 1 now", "alpha of 16 LoRA layers", "2 before, 1 now", "model.clip_skip: 0 before, 1 now",
+                 "processes x accumulation: 1 x 1 before, 1 x 2 now; train.gradient_accumulation_steps=1 keeps the images per step", "train.resume_force=true", "model.init_lora=run/ckpts"):
+        assert line in message, line
+    log = resume(f"model.pretrained_model_name_or_path={other}", "seed=7", "data.one.batch_size=1", "lora_unet.0.alpha=1", "train.resume_force=true")
+    assert log.count("warning: train.resume_force: this is another run than the one that was saved:") == 10 and "step 4/4" in log
+
+
+def test_layers_ranks_and_optimizers_of_others_cannot_be_forced(place):
+    message = refusal("train.resume_force=true", "lora_unet.0.rank=4", "train.optimizer._target_=torch.optim.AdamW", "lora_text_encoder=[{lr: 1.0, rank: 2, layers: ['re:.*self_attn$']}]")
+    for line in ("not even with train.resume_force", "16 LoRA layers have another rank in lora_unet", "12 LoRA layers are new in lora_text_encoder", "train.optimizer._target_: 'torch.optim.SGD' before"):
+        assert line in message, line
+
+
+def test_what_makes_no_other_run_is_noted(place):
+    shutil.move("images", "moved")
+    log = resume("data.one.source.a.img_root=moved", "data.one.source.a.caption_file=moved", "lora_unet.0.lr=0.5", "train.workers=0", "data.one.cache_latents=disk")
+    notes = [line.split("note: ")[1] for line in log.splitlines() if "changed since the state was saved" in line]
+    keys = {line.split(": ")[1] for line in notes}
+    assert keys == {"data.one.source.a.img_root", "data.one.source.a.caption_file", "lora_unet.0.lr", "train.train_steps", "train.workers", "data.one.cache_latents"}
+    assert "changed since the state was saved: lora_unet.0.lr: 1.0 before, 0.5 now" in notes and "warning" not in log
+
+
+def test_an_older_state_is_gone_on_from_and_what_is_newer_is_set_aside(place):
+    newer = (place / "run" / "ckpts" / "unet-3.safetensors").read_bytes()
+    log = run("cfg.yaml", "train.resume=run/states/2", "lora_unet.0.lr=0.5")[1]
+    assert "note: 2 files and states of later steps than 2 were moved to run/newer-than-2, such as states/3" in log and "run resumed after step 2" in log
+    assert (place / "run" / "newer-than-2" / "ckpts" / "unet-3.safetensors").read_bytes() == newer != (place / "run" / "ckpts" / "unet-3.safetensors").read_bytes()
+
+
+def test_a_damaged_state_and_a_changed_weight_file_are_told(place):
+    path = place / "run" / "states" / "3" / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    (place / "run" / "ckpts" / "unet-2.safetensors").write_bytes(b"other")
+    (place / "run" / "ckpts" / ".unet-4.safetensors.77.0123abcd.tmp").write_bytes(b"half")
+    log = resume()
+    assert "warning: run/states/3/state.safetensors is damaged: its checksum is not the one in SHA256SUMS. The run goes on from the state before: run/states/2" in log
+    assert "warning: run/states/2/../../ckpts/unet-2.safetensors is not" not in log and "warning: run/ckpts/unet-2.safetensors is not what was saved with run/states/2" in log
+    assert "note: 1 unfinished files of a save that was cut off were removed" in log and "run/newer-than-2" in log
+
+
+def test_a_forced_run_finds_a_place_in_data_sets_that_came(place):
+    more = "data.two={batch_size: 1, source: {b: {img_root: images}}, bucket: {sizes: [[64, 64]]}}"
+    assert "data.two is new" in refusal(more)
+    assert "data.two is new" in resume(more, "train.resume_force=true")
+    assert "data.two is gone" in refusal("train.train_steps=5")
+
+
+def described(config: dict, **extra) -> dict:
+    return {"marks": {"unet": "a"}, "data": {}, "world": 2, "accumulation": 3, "alphas": {}, "versions": {"torch": "2.13", "numpy": "2"}, "device": "cpu", "config": config, **extra}
+
+
+def test_processes_and_accumulation_count_by_their_product():
+    before = described({})
+    assert compare(before, described({}, world=3, accumulation=2)).notes == ["processes x accumulation: 2 x 3 before, 3 x 2 now; the images per step are the same"]
+    assert compare(before, described({}, world=1)).refused == ["processes x accumulation: 2 x 3 before, 1 x 3 now; train.gradient_accumulation_steps=6 keeps the images per step"]
+    assert compare(before, described({}, world=4)).refused == ["processes x accumulation: 2 x 3 before, 4 x 3 now"]
+
+
+def test_versions_and_device_are_noted():
+    found = compare(described({}), described({}, versions={"torch": "2.14", "numpy": "2"}, device="cuda"))
+    assert found.notes == ["versions.torch: '2.13' before, '2.14' now", "device: 'cpu' before, 'cuda' now"] and not found.refused
+
+
+def test_every_key_of_the_config_is_noted_refused_or_of_no_matter(place):
+    """Each leaf of a real config is changed alone: exactly one line comes, of the kind that the documentation's table says."""
+    config = load("cfg.yaml", [], RunConfig).plain
+    kinds = {}
+    for key in flat(config):
+        changed = copy.deepcopy(config)
+        *parents, last = key.split(".")
+        node = changed
+        for name in parents:
+            node = node[int(name)] if isinstance(node, list) else node[name]
+        node[last] = ["changed"]
+        found = compare(described(config), described(changed))
+        lines = {"impossible": found.impossible, "refused": found.refused, "noted": found.notes}
+        said = {kind: part for kind, part in lines.items() if part}
+        assert sum(map(len, said.values())) <= 1, key
+        kinds.setdefault(next(iter(said), "silent"), set()).add(key)
+    assert kinds["silent"] == {"exp_dir", "train.resume", "train.resume_force", "train.gradient_accumulation_steps"} and kinds["impossible"] == {"train.optimizer._target_"}
+    source = "data.one.source.a."
+    bucket = "data.one.bucket."
+    assert kinds["refused"] == {
+        "seed", "model.tokenizer_repeats", "model.clip_skip", "model.prediction_type", "model.noise_scheduler", "data.one.batch_size",
+        *(bucket + key for key in ("target_area", "num_bucket", "step_size", "sizes", "no_upscale", "crop", "crop_variants")),
+        *(source + key for key in ("word_names.pt1", "repeats", "tag_shuffle", "keep_tokens", "tag_dropout", "caption_dropout", "prompt_dropout", "flip", "bg_color"))}
+
+
+def test_images_that_are_edited_in_the_middle_of_large_files_are_seen(tmp_path):
+    from data_help import build, dataset, folder_of, source
+
+    from hcpdiff.data.fingerprint import changes, fingerprint
+
+    root = folder_of(tmp_path / "images", {"a.png": (64, 64), "b/猫.png": (64, 64)})
+    before = fingerprint(build(dataset(source(root))).datasets)
+    noise = Image.effect_noise((400, 400), 90)
+    noise.save(root / "a.png", compress_level=0)
+    first = fingerprint(build(dataset(source(root))).datasets)
+    assert changes(before, first) == ["data.d0.source.s0: 1 images have other content: a.png"]
+    noise.putpixel((200, 200), 255 - noise.getpixel((200, 200)))
+    size = (root / "a.png").stat().st_size
+    noise.save(root / "a.png", compress_level=0)
+    assert (root / "a.png").stat().st_size == size  # uncompressed: only the checksum at the end of the stream tells
+    assert changes(first, fingerprint(build(dataset(source(root))).datasets)) == ["data.d0.source.s0: 1 images have other content: a.png"]
+    assert changes(first, first) == [] and all(tensor.dtype == torch.uint8 for tensor in (first["d0"]["s0"]["names"], first["d0"]["s0"]["images"]))
