@@ -20,13 +20,14 @@ Under a launcher every process exits with the code, and only rank 0 prints the u
 
 import argparse
 import difflib
+import errno
 import os
 import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from .errors import ConfigError, HCPError
 
@@ -181,6 +182,33 @@ def rank() -> int:
     """This process's number under a launcher; 0 without one."""
     value = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
     return int(value) if value.isdigit() else 0
+
+
+class Steady:
+    """A stream whose reader may leave: a closed terminal, or a `head` that has enough. What is written from then on is lost, and is no fault."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As of the stream."""
+        return self._try(self._stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        """As of the stream."""
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable, *args):
+        try:
+            return act(*args)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO, errno.EINVAL):  # the last one is Windows' broken pipe
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # what it still holds back goes there too
+            return None
 
 
 def safe_console() -> None:

@@ -2,6 +2,9 @@
 
 import argparse
 import datetime
+import os
+import sys
+from pathlib import Path
 
 from . import cli
 from .train import launcher
@@ -27,18 +30,25 @@ def main(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace, asked: int | None) -> int:
-    """Checks the config without torch, then trains. asked: how many processes the launcher's command line names; None: not checked."""
+    """Checks all that can be checked without torch, then trains. asked: how many processes the launcher's command line names; None: not checked."""
     from .config.load import load
     from .config.schema import RunConfig
     from .data.source import check_sources
-    from .errors import DataError
+    from .errors import ConfigError, DataError
+    from .train import lock
     from .train.signals import StopRequest, orphaned
 
+    sys.stdout, sys.stderr = cli.Steady(sys.stdout), cli.Steady(sys.stderr)  # a run does not end with its terminal
     now = datetime.datetime.now()
     loaded = load(args.cfg, args.overrides, RunConfig, now=now, allow=args.allow_target)
     faults = check_sources(loaded.config.data)
     if faults:
         raise DataError(faults)
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    launcher.check_count(started, asked or started)
+    folder = Path(loaded.config.train.resume or loaded.config.exp_dir)
+    if cli.rank() == 0 and lock.is_held(folder):  # looked at again, and taken, later; this is the quick answer
+        raise ConfigError(lock.busy(folder))
     with StopRequest() as stop:
         if loaded.config.train.on_orphan == "stop" and launcher.launcher_command():
             stop.looks.append(orphaned(stop, launcher.PARENT))
@@ -47,7 +57,7 @@ def train(args: argparse.Namespace, asked: int | None) -> int:
         quiet_libraries()
         from .train.parallel import Parallel
 
-        return run(loaded, args, Parallel(asked), stop, now)
+        return run(loaded, args, Parallel(), stop, now)
 
 
 def run(loaded, args: argparse.Namespace, parallel, stop, now: datetime.datetime) -> int:

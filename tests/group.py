@@ -22,7 +22,7 @@ from accelerate import PartialState
 from hcpdiff import cli
 from hcpdiff.train import peers, signals
 
-LIMIT = 40.0  # seconds that a scenario may take
+LIMIT = 120.0  # seconds that a scenario may take
 PR_SET_PDEATHSIG = 1
 
 

@@ -1,4 +1,4 @@
-"""What the processes of tests/group.py do: a model-free trainer among real processes, with a fault somewhere."""
+"""What the processes of tests/group.py do: a model-free trainer among real processes, with a fault somewhere; and whole runs on a tiny model."""
 
 import os
 import signal
@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers  # noqa: F401
 import torch
 from torch import nn
 
-from hcpdiff import train_ac  # noqa: F401  (all imports before the fork)
 from hcpdiff.errors import CheckpointError, ConfigError, DataError
-from hcpdiff.train import signals
+from hcpdiff.train import run, signals  # noqa: F401
 from hcpdiff.train.hooks import PreviewHook
 from hcpdiff.train.optim import Gradients, optimizer_groups
 from hcpdiff.train.parallel import Parallel
@@ -183,6 +183,46 @@ torch.optim.SGD([weight], lr=0.1).step()
 
 OUT_OF_MEMORY = throw(torch.OutOfMemoryError("no memory"))
 
+CONFIG = """
+train: {{train_steps: 5, save_step: null, log_step: 1, cpu_threads: 1, workers: 0, scheduler: {{name: constant}}}}
+model: {{pretrained_model_name_or_path: '{model}'}}
+lora_unet:
+  - {{lr: 1e-3, rank: 2, layers: ['re:.*attn2$'], dropout: 0.2}}
+lora_text_encoder:
+  - {{lr: 1e-3, rank: 2, layers: ['re:.*self_attn$'], dropout: 0.2}}
+data:
+  first:
+    batch_size: 2
+    cache_latents: none
+    source: {{a: {{img_root: '{images}', caption_file: '{images}', word_names: {{pt1: thing}}, tag_shuffle: true, caption_dropout: 0.2, flip: true}}}}
+    bucket: {{target_area: 4096, step_size: 32, num_bucket: 2, crop: random}}
+  second:
+    batch_size: 1
+    cache_latents: disk
+    cache_dir: cache
+    source: {{b: {{img_root: '{images}', repeats: 2}}}}
+    bucket: {{sizes: [[64, 64]]}}
+"""
+
+
+def whole(*words, main=None):
+    """A run of train_ac on the model and images that the environment names (GROUP_MODEL, GROUP_IMAGES)."""
+    def work(rank):
+        from hcpdiff import train_ac
+
+        Path("cfg.yaml").write_text(CONFIG.format(model=os.environ["GROUP_MODEL"], images=os.environ["GROUP_IMAGES"]), encoding="utf-8")
+        args = SimpleNamespace(cfg="cfg.yaml", overrides=["exp_dir=run", *words], allow_target=[])
+        return main(args) if main else train_ac.train(args, None)
+    return work
+
+
+def alone(rank):
+    """The command for one device, started as two."""
+    from hcpdiff import train_ac_single
+
+    return whole("train.train_steps=1", main=train_ac_single.main)(rank)
+
+
 # name: (processes, what each does, what is done to them)
 ALL = {
     "well": (3, lambda rank: member(rank, hooks=[previews(lambda rank: None)]), None),
@@ -198,5 +238,9 @@ ALL = {
     "encoding": (2, lambda rank: member(rank, before=encoding_fails), None),
     "sigterm_one": (3, lambda rank: member(rank, slowly, steps=300), send([signal.SIGTERM], to=[1])),
     "sigint_all": (2, lambda rank: member(rank, slowly, steps=300), send([signal.SIGINT, signal.SIGTERM], to=[0, 1])),
+    "one": (1, whole("train.gradient_accumulation_steps=2"), None),
+    "parts": (2, whole("train.train_steps=3"), None),
+    "resumed": (2, whole("train.resume=../parts/run"), None),
+    "alone": (2, alone, None),
     "stuck": (2, lambda rank: member(rank, stuck), twice),
 }

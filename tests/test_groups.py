@@ -2,11 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from hcpdiff.train.parallel import WAIT
 
@@ -29,10 +33,14 @@ class Ended:
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("groups")
+def ended(tmp_path_factory, tiny_sd1):
+    folder, images = tmp_path_factory.mktemp("groups"), tmp_path_factory.mktemp("images")
+    for i in range(7):
+        Image.effect_noise((100, 60) if i % 3 else (64, 80), 20 * i + 10).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text(f"red, blue, number {i}", encoding="utf-8")
     here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1",
+                   "GROUP_MODEL": str(tiny_sd1), "GROUP_IMAGES": str(images)}
     done = subprocess.run([sys.executable, str(here / "group.py"), str(folder)], capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return lambda name: Ended(folder / name)
@@ -75,6 +83,34 @@ def test_a_signal_to_some_stops_all_at_one_step_that_is_saved(ended, name, code)
 
 def test_a_second_signal_ends_a_process_that_waits_for_another(ended):
     assert ended("stuck").codes[0] == 143 and ended("stuck").said[0].startswith("ended: what was under way did not end within")
+
+
+def scalars(folder: Path) -> dict[int, float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tblog"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("loss")}
+
+
+def test_two_processes_stopped_and_resumed_train_what_one_does_with_accumulation(ended):
+    """Text encoder and UNet, dropout, no cache and a disk cache, tags shuffled."""
+    one, parts, resumed = ended("one"), ended("parts"), ended("resumed")
+    assert one.codes == [0] and parts.codes == resumed.codes == [0, 0], (one.said, parts.said, resumed.said)
+    losses = [scalars(group.folder / "run") for group in (one, parts)]
+    assert losses[0].keys() == losses[1].keys() == {1, 2, 3, 4, 5}
+    assert list(losses[1].values()) == pytest.approx(list(losses[0].values()), rel=1e-5)
+    for stem in ("unet", "text_encoder"):
+        a, b = (load_file(group.folder / "run" / "ckpts" / f"{stem}-5.safetensors") for group in (one, parts))
+        assert a.keys() == b.keys() and max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-4, stem
+        assert all(torch.isfinite(b[key]).all() for key in b)
+    assert not parts.said[1] and not resumed.said[1] and sorted(path.name for path in (parts.folder / "run" / "states").iterdir()) == ["3", "5"]  # rank 0 speaks and writes
+
+
+def test_the_one_device_command_under_two_trains_alone_and_says_so(ended):
+    alone = ended("alone")
+    assert alone.codes == [0, 0] and not alone.said[1]
+    assert "train_ac_single uses one device" in alone.said[0] and "1 process\n" in re.sub(r" +.?\n", "\n", alone.said[0].replace("│", ""))
 
 
 def test_the_patience_with_another_process_is_longer_than_a_save_or_a_share_of_the_latents():

@@ -1,15 +1,26 @@
-"""Two CPU processes are really two, and train what one process trains with the same plan."""
+"""Whole runs under accelerate: two processes are really two; a launcher that dies, a signal at any time, a second run in the folder."""
 
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import load_file
+
+from hcpdiff.config.load import load
+from hcpdiff.config.schema import RunConfig
+from hcpdiff.errors import Interrupted
+from hcpdiff.families.sd import StableDiffusion
+from hcpdiff.train.lock import is_held
+from hcpdiff.train.parallel import Parallel
+from hcpdiff.train.run import Run
+from hcpdiff.train.signals import StopRequest
+from hcpdiff.vis import pipeline
 
 CONFIG = """
 _base_: [cfgs/train/examples/lora_conventional.yaml]
@@ -41,8 +52,8 @@ def place(tmp_path_factory, tiny_sd1):
     return folder
 
 
-def run(place: Path, name: str, *more: str, launcher=(), module="hcpdiff.train_ac") -> tuple[Path, str]:
-    command = [sys.executable, *launcher, "-m", module, "--cfg", "cfg.yaml", f"exp_dir={name}", *more]
+def run(place: Path, name: str, *more: str, launcher=()) -> tuple[Path, str]:
+    command = [sys.executable, *launcher, "-m", "hcpdiff.train_ac", "--cfg", "cfg.yaml", f"exp_dir={name}", *more]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE", "OMP", "RANK", "WORLD", "LOCAL", "MASTER"))}
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, encoding="utf-8", timeout=600, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -53,19 +64,71 @@ def two(port: int) -> tuple[str, ...]:
     return ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", str(port))
 
 
-def test_two_processes_train_what_one_does_with_accumulation(place):
-    one, _ = run(place, "one", "train.gradient_accumulation_steps=2")
-    both, output = run(place, "two", launcher=two(29611))
-    assert re.search(r"2 processes", output) and "world size 2" not in (one / "train.log").read_text(encoding="utf-8")
-    assert losses(one).keys() == losses(both).keys() == {1, 2, 3, 4, 5}
-    assert list(losses(both).values()) == pytest.approx(list(losses(one).values()), rel=1e-4)
-    a, b = (load_file(folder / "ckpts" / "unet-5.safetensors") for folder in (one, both))
-    difference = torch.cat([(a[key] - b[key]).flatten() for key in a if "lora_up" in key]).norm()
-    assert difference / torch.cat([a[key].flatten() for key in a if "lora_up" in key]).norm() < 1e-2
-    assert len(list((both / "tblog").iterdir())) == 1  # one process writes
+def test_two_processes_of_accelerate_are_really_two_and_one_writes(place):
+    both, output = run(place, "two", launcher=two(29611))  # what they train: test_groups.py
+    assert re.search(r"2 processes", output) and output.count("done: step 5") == 1
+    assert losses(both).keys() == {1, 2, 3, 4, 5} and len(list((both / "tblog").iterdir())) == 1
 
 
-def test_the_one_device_command_under_two_trains_alone_and_says_so(place):
-    alone, output = run(place, "alone", launcher=two(29613), module="hcpdiff.train_ac_single")
-    assert "train_ac_single uses one device" in output and "1 process" in output
-    assert len(losses(alone)) == 5
+def test_one_process_where_two_were_asked_for_is_refused(place):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "hcpdiff.train_ac", "--cfg", "cfg.yaml", "exp_dir=less"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, encoding="utf-8", timeout=600)
+    assert done.returncode == 1 and done.stderr.count("error: 2 processes were asked for, but 1 runs. On a CPU: accelerate launch --multi_gpu") == 1
+    assert not (place / "less").exists()
+
+
+def appears(path: Path, text: str) -> None:
+    for _ in range(3000):
+        if path.exists() and text in path.read_text(encoding="utf-8"):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} never held {text!r}")
+
+
+def test_the_death_of_accelerate_saves_the_run_and_a_second_one_was_refused(place):
+    words = ["-m", "hcpdiff.train_ac_single", "--cfg", "cfg.yaml"]
+    launcher = subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", *words, "exp_dir=orphan", "train.train_steps=3000", "train.cpu_threads=1"], cwd=place,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        appears(place / "orphan" / "train.log", "step 1/3000")
+        second = subprocess.run([sys.executable, *words, "train.resume=orphan"], cwd=place, capture_output=True, text=True, encoding="utf-8", timeout=600)
+        assert second.returncode == 2 and re.search(r"error: a run is at work in 'orphan' \(process \d+ on ", second.stderr), second.stderr
+        launcher.terminate()  # ends the launcher alone
+        appears(place / "orphan" / "train.log", "to go on: the same command with train.resume=orphan")
+        (step,) = re.findall(r"stopped: step (\d+)", (place / "orphan" / "train.log").read_text(encoding="utf-8"))
+        assert (place / "orphan" / "states" / step / "state.json").is_file()
+    finally:
+        holder = (place / "orphan" / ".lock").read_bytes() if (place / "orphan" / ".lock").exists() else b""
+        if is_held(place / "orphan") and holder:
+            os.kill(json.loads(holder)["pid"], signal.SIGKILL)
+        launcher.kill()
+        launcher.wait()
+
+
+def in_this_process(place, monkeypatch, *words):
+    monkeypatch.chdir(place)
+    with StopRequest() as stop:
+        return Run(load("cfg.yaml", [*words, "train.cpu_threads=1"], RunConfig), Parallel(), stop=stop).train()
+
+
+def then_a_signal(act):
+    def both(*args, **keys):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return act(*args, **keys)
+    return both
+
+
+def test_a_signal_before_the_first_step_ends_the_run_and_leaves_nothing(place, monkeypatch):
+    monkeypatch.setattr(StableDiffusion, "posterior", then_a_signal(StableDiffusion.posterior))
+    with pytest.raises(Interrupted, match="stopped by SIGTERM while encoding latents. No run folder was made") as caught:
+        in_this_process(place, monkeypatch, "exp_dir=early")
+    assert caught.value.exit_code == 143 and not (place / "early").exists()
+
+
+def test_a_signal_while_previews_are_drawn_ends_the_drawing_and_saves(place, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pipeline, "decode", then_a_signal(lambda *args, decode=pipeline.decode: drawn.append(1) or decode(*args)))
+    assert in_this_process(place, monkeypatch, "exp_dir=drawing", "preview.prompts=[a, b]", "preview.every=1", "preview.num_inference_steps=2") == 143
+    log = (place / "drawing" / "train.log").read_text(encoding="utf-8")
+    assert len(drawn) == 1 and "warning: the preview of step 1 could not be drawn: a signal asks to stop" in log
+    assert "stopped: step 2" in log and (place / "drawing" / "states" / "2").is_dir()

@@ -5,6 +5,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import ConfigError
+
 PARENT = os.getppid()  # at the start: a parent that dies gives its children to another one
 NAMES = {"accelerate", "accelerate-launch", "torchrun"}
 MODULES = {"accelerate.commands.launch", "accelerate.commands.accelerate_cli", "torch.distributed.run", "torch.distributed.launch"}
@@ -29,6 +31,13 @@ def command_of(pid: int) -> list[str]:
         return subprocess.run(["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True, timeout=5).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return []
+
+
+def check_count(started: int, asked: int) -> None:
+    """ConfigError where another number of processes runs than was asked for."""
+    if started != asked:
+        raise ConfigError(f"{asked} processes were asked for, but {started} run{'s' if started == 1 else ''}. "
+                          f"On a CPU: accelerate launch --multi_gpu --num_processes {asked} -m hcpdiff.train_ac ... (--cpu starts one only)")
 
 
 def asked_processes(command: Sequence[str]) -> int | None:

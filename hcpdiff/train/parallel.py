@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import ConfigError, PeerError
+from .launcher import check_count
 from .peers import Peers
 from .signals import StopRequest
 
@@ -21,19 +22,17 @@ WAIT = datetime.timedelta(hours=3)
 class Parallel:
     """Rank, world size, device and collectives; accelerate's PartialState starts the process group."""
 
-    def __init__(self, asked: int | None = None):
-        """asked: processes that the launcher's command line names, None where it names none. ConfigError where other ones, or more than devices, were started."""
+    def __init__(self):
+        """ConfigError where more processes than devices were started, or accelerate sees another number of them."""
         from accelerate import PartialState
 
         from ..device import pick_device
 
         accelerator = pick_device().type
-        started = int(os.environ.get("WORLD_SIZE", 1))
-        _check_count(started, asked or started)
         _check_devices(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), accelerator)
         self.state = PartialState(cpu=accelerator == "cpu")
         self.rank, self.world, self.local_rank = self.state.process_index, self.state.num_processes, self.state.local_process_index
-        _check_count(self.world, started)
+        check_count(self.world, int(os.environ.get("WORLD_SIZE", 1)))
         self.device = pick_device(self.local_rank)
         self.group = dist.new_group(timeout=WAIT) if self.world > 1 else None
         self.peers = Peers(self.rank, self.world) if self.world > 1 else None
@@ -107,12 +106,6 @@ class Parallel:
         if self.peers is not None:
             self.peers.close()
         self.state.destroy_process_group()
-
-
-def _check_count(started: int, asked: int) -> None:
-    if started != asked:
-        raise ConfigError(f"{asked} processes were asked for, but {started} run{'s' if started == 1 else ''}. "
-                          f"On a CPU: accelerate launch --multi_gpu --num_processes {asked} -m hcpdiff.train_ac ... (--cpu starts one only)")
 
 
 def _check_devices(per_machine: int, accelerator: str) -> None:
