@@ -5,6 +5,7 @@
 set -eu
 work=${1:?folder for the work data}
 python scripts/make_tokenizer.py
+python scripts/make_photos.py
 test -e "$work/vae_pictures.npz" || python scripts/make_pictures.py --work "$work"
 test -e "$work/vae/config.json" || python scripts/train_vae.py --work "$work" --seconds "${2:-3600}"
 python scripts/train_unet.py --work "$work" --seconds "${3:-14400}"

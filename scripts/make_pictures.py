@@ -4,7 +4,8 @@
 
 Emoji artwork comes from npm packages (NOTICE names their licences) and is drawn by resvg, on white. WORK/pictures.npz
 gets `pixels` (N,64,64,3) uint8 and WORK/pictures.json their captions; WORK/vae_pictures.npz more pixels for the VAE.
-The demo's folders get PNG files of a style that no training saw, with captions beside them.
+The demo's folders get PNG files of a style that no training saw, with captions beside them, and for its measurement some
+of the base styles: `base_styles/control` (one style, the concept's things), `base_styles/heldout` (all styles, the held-out things).
 """
 
 import argparse
@@ -129,14 +130,16 @@ def save(work: Path, stem: str, pixels: list[np.ndarray], rows: list[dict]) -> N
     print(f"{work / stem}.npz: {len(pixels)} pictures", flush=True)
 
 
-def demo_set(modules: Path, emoji: list[dict], folder: Path, things: str) -> None:
-    vendor, by_label = Icons(modules, CONCEPT), {e["label"]: e for e in emoji}
+def demo_set(modules: Path, emoji: list[dict], folder: Path, things: str, package: str = CONCEPT, style: str = "") -> None:
+    """PNG files of one vendor's `things` with captions `<style> style, <name>`, or the name alone without a style."""
+    named = Icons(modules, "fluent-emoji-flat" if package == "fluent-emoji" else package)  # the same names; only one has the table of codes
+    vendor, by_label = Icons(modules, package), {e["label"]: e for e in emoji}
     folder.mkdir(parents=True, exist_ok=True)
     for thing in things.replace("\n", "").split("|"):
-        svg = vendor.svg(vendor.name(by_label[thing]))
-        stem = thing.replace(" ", "_")
+        svg = vendor.svg(named.name(by_label[thing]))
+        stem = f"{style} {thing}".strip().replace(" ", "_")
         Image.fromarray(draw(svg, DEMO_SIZE)).save(folder / f"{stem}.png", optimize=True)
-        (folder / f"{stem}.txt").write_text(thing + "\n", "utf-8")
+        (folder / f"{stem}.txt").write_text((f"{style} style, " if style else "") + thing + "\n", "utf-8")
     print(f"{folder}: {len(list(folder.glob('*.png')))} pictures")
 
 
@@ -151,6 +154,9 @@ def main() -> None:
     emoji = select(modules)
     demo_set(modules, emoji, args.demo / "concept", CONCEPT_THINGS)
     demo_set(modules, emoji, args.demo / "heldout", HELDOUT_THINGS)
+    demo_set(modules, emoji, args.demo / "base_styles" / "control", CONCEPT_THINGS, STYLES["noto"])
+    for style, package in STYLES.items():
+        demo_set(modules, emoji, args.demo / "base_styles" / "heldout", HELDOUT_THINGS, package, style)
     if not args.only_demo:
         base_set(modules, emoji, args.work)
         vae_set(modules, emoji, args.work)
