@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import subprocess
 from types import SimpleNamespace
 
@@ -211,6 +212,33 @@ def test_a_full_disk_stops_the_run_and_leaves_what_was_saved(tmp_path, monkeypat
     assert "No space left on device" in message and part in message and ".tmp" not in message and "newest state is" in message and message.count("states/2") == 1, message
     assert caught.value.exit_code == 2 and states(tmp_path) == [2] and {path: digest(path) for path in before} == before
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")] and load_state(tmp_path)["step"] == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the limit is set in a fork of this process")
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_true_limit_of_the_system_is_met_with_a_name_and_whole_files(tmp_path, policy):
+    """A file may not become larger than 600 bytes (RLIMIT_FSIZE): what a quota or a full disk does, done by the kernel."""
+    import resource
+
+    train(tmp_path, steps=2)
+    before = {path: digest(path) for path in tmp_path.rglob("*") if path.is_file()}
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            trainer, lines, _ = saver(tmp_path, steps=6, on_save_error=policy)
+            trainer.state.step = 2
+            resource.setrlimit(resource.RLIMIT_FSIZE, (600, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            try:
+                trainer.fit(StopRequest())
+            except CheckpointError as error:
+                step = 4 if policy == "stop" else 6
+                named = "cannot be written: File too large" in str(error) and str(tmp_path) in str(error) and f"step {step} could not be saved" in str(error)
+                code = 0 if named and trainer.state.step == step and len([line for line in lines if "warning" in line]) == (policy == "continue") * 2 else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert {path: digest(path) for path in before} == before and load_state(tmp_path)["step"] == 2 and not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_run_that_may_goes_on_and_saves_again_when_it_can(tmp_path, monkeypatch):

@@ -1,0 +1,21 @@
+"""Whole runs that are killed at random moments can be gone on from, and end in the bits of one that was not; so does a run of two processes that is stopped."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has torch")
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.long)])
+def test_runs_killed_at_random_end_as_one_that_was_not(tmp_path, kills):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, str(HERE / "kill_runs.py"), str(tmp_path), "--kills", str(kills)], capture_output=True, text=True, encoding="utf-8", timeout=6000,
+                          env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1])["kills"] == kills
