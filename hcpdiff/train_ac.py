@@ -66,7 +66,7 @@ def run(loaded, args: argparse.Namespace, parallel, stop, now: datetime.datetime
     from .train.run import Run
 
     try:
-        parallel.watch(stop)
+        parallel.watch(stop, needs_launcher=loaded.config.train.on_orphan == "stop")
         if parallel.world > 1:  # one moment for all
             loaded = load(args.cfg, args.overrides, type(loaded.config), now=parallel.share(now), allow=args.allow_target)
         code = Run(loaded, parallel, args.allow_target, stop).train()

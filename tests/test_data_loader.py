@@ -2,6 +2,9 @@
 
 import dataclasses
 import itertools
+import multiprocessing
+import os
+import signal
 import threading
 
 import numpy as np
@@ -42,6 +45,20 @@ def test_batches_do_not_depend_on_the_number_of_workers(root):
         for (step, after, batches), (reference, reference_after, expected) in zip(run, runs[0]):
             assert step == reference and after == reference_after and len(batches) == len(expected) == 4
             assert all(same(one, two) for one, two in zip(batches, expected))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+def test_a_signal_to_the_whole_job_leaves_the_loader_at_work(root):
+    expected = list(build(full(root)).batches(count=3))
+    batches = build(full(root), workers=1).batches(count=3)
+    got = [next(batches)]
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        os.kill(worker.pid, number)
+    got += batches
+    assert [step for step, _, _ in got] == [step for step, _, _ in expected]
+    worker.join(30)
+    assert worker.exitcode == 0
 
 
 def test_ranks_share_a_step_and_see_what_one_process_sees(root):

@@ -52,8 +52,11 @@ def _as_is(item: T) -> T:
 
 
 def _start_worker(number: int) -> None:
-    """Ctrl-C is for the main process, which ends its workers when it has finished its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Signals that reach the whole group or job are for the main process, which ends its workers when it has finished its step."""
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))  # a second one ends it: the main process's last means
     torch.set_num_threads(1)
 
 

@@ -47,9 +47,10 @@ class Parallel:
         """Processes on this machine."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
 
-    def watch(self, stop: StopRequest) -> None:
-        """Lets the thread of `stop` look whether the other processes live."""
+    def watch(self, stop: StopRequest, needs_launcher: bool = True) -> None:
+        """Lets the thread of `stop` look whether the other processes live. needs_launcher: whether the run ends with its launcher."""
         if self.peers is not None:
+            self.peers.needs_store = needs_launcher
             stop.looks.append(lambda: self.peers.look(stop))
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:

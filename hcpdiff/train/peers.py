@@ -3,15 +3,17 @@
 A process that waits in a collective for one that has died would else wait for the collective's timeout (NCCL), or end with a traceback of its own (gloo).
 """
 
-import contextlib
 import datetime
 import os
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from .signals import StopRequest
 
+T = TypeVar("T")
 GRACE = 2.0  # seconds that a process which ends for another's sake leaves it to say why; launchers end all as soon as one has left
 SILENT = 600.0  # seconds without a sign of life after which a process counts as lost
 BEAT = 10.0  # seconds between two signs of life
@@ -19,10 +21,13 @@ DONE = b"done"
 
 
 class Peers:
-    """One connection to the store, used by this process's threads in turn; it answers also where a collective hangs."""
+    """One connection to the store, used by this process's threads in turn; it answers also where a collective hangs.
+
+    `needs_store`: whether processes of which nothing is heard because the store has ended count as lost too. A run that outlives its launcher sets it to False.
+    """
 
     def __init__(self, rank: int, world: int):
-        self.rank, self.world = rank, world
+        self.rank, self.store_gone, self.needs_store = rank, False, True
         self.key = f"hcpdiff/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=datetime.timedelta(seconds=30))
         self.heard = {peer: (b"", time.monotonic()) for peer in range(world) if peer != rank}  # last sign, and when it was new
@@ -36,10 +41,7 @@ class Peers:
         self.ended = True
         if wait:
             self._wait_for_word()
-        try:
-            said = self.store.compare_set(f"{self.key}/failed", "", f"{self.rank} {code}").decode()
-        except RuntimeError:  # the store ended with its process
-            return True, code
+        said = self._ask(lambda: self.store.compare_set(f"{self.key}/failed", "", f"{self.rank} {code}").decode(), f"{self.rank} {code}")
         first, code = (int(part) for part in said.split())
         if first != self.rank:
             time.sleep(GRACE)
@@ -51,11 +53,18 @@ class Peers:
                 return
             time.sleep(0.1)
 
-    def _failed(self) -> bool:
+    def _ask(self, question: Callable[[], T], without: T) -> T:
+        """The store's answer; `without` where the store has ended with its process (a killed launcher's)."""
+        if self.store_gone:
+            return without
         try:
-            return self.store.check([f"{self.key}/failed"])
+            return question()
         except RuntimeError:
-            return False
+            self.store_gone = True
+            return without
+
+    def _failed(self) -> bool:
+        return self._ask(lambda: self.store.check([f"{self.key}/failed"]), False)
 
     def look(self, stop: StopRequest) -> None:
         """Ends this process, wherever it waits, when another one has failed or is lost. Called by the thread of `stop`."""
@@ -75,19 +84,17 @@ class Peers:
     def _silent(self) -> list[int]:
         """Shows that this process lives; the others that have shown nothing for too long."""
         now = time.monotonic()
-        try:
-            self.store.set(f"{self.key}/alive/{self.rank}", str(now))
-            for peer, (last, _) in self.heard.items():
-                name = f"{self.key}/alive/{peer}"
-                sign = self.store.get(name) if self.store.check([name]) else b""
-                if sign != last:
-                    self.heard[peer] = (sign, now)
-        except RuntimeError:  # no store: nobody is heard
-            pass
+        self._ask(lambda: self.store.set(f"{self.key}/alive/{self.rank}", str(now)), None)
+        for peer, (last, _) in self.heard.items():
+            name = f"{self.key}/alive/{peer}"
+            sign = self._ask(lambda: self.store.get(name) if self.store.check([name]) else b"", last)
+            if sign != last:
+                self.heard[peer] = (sign, now)
+        if self.store_gone and not self.needs_store:
+            return []
         return [peer for peer, (sign, since) in self.heard.items() if now - since > SILENT and sign != DONE]
 
     def close(self) -> None:
         """This process is done; the others need not hear of it any more."""
         self.ended = True
-        with contextlib.suppress(RuntimeError):
-            self.store.set(f"{self.key}/alive/{self.rank}", DONE)
+        self._ask(lambda: self.store.set(f"{self.key}/alive/{self.rank}", DONE), None)
