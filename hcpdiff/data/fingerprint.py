@@ -1,6 +1,6 @@
 """What the training data is, in a few bytes per image, so that a resumed run can tell what has changed since.
 
-An image's mark is its file's length and 16 samples of 4 KiB: reading all of a large data set at each start would cost minutes, and image formats are
+An image's mark is its file's length and 4 samples of 4 KiB (all of a file that is no longer): reading all of a large data set at each start would cost minutes, and image formats are
 compressed, so an edit changes the length or what follows. Marks say whether files are the same; they are no protection against forgery.
 """
 
@@ -19,7 +19,7 @@ from .sample import TrainDataset
 from .source import Source
 
 _BYTES = 8  # of a mark
-_SAMPLES, _SAMPLE = 16, 4096
+_SAMPLES, _SAMPLE = 4, 4096
 _MOST = 2**28  # bytes of all names of a source
 _NAMES = 3  # names shown of what has changed
 
