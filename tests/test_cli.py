@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 from config_help import CHECKOUT, SMALL, command, write
@@ -105,9 +104,9 @@ def test_help_and_config_errors_answer_within_a_second_without_heavy_imports(tmp
     write(tmp_path)
     command("--help", module=module)  # byte code is written once
     for arguments, code in ((["--help"], 0), (["--cfg", "run.yaml", "train.train_epoch=1", "sed=2"], 2)):
-        start = time.perf_counter()
+        before = sum(os.times()[2:4])  # of the processor, by children: other programs do not count
         done = command(*arguments, cwd=tmp_path, module=module)
-        assert done.returncode == code and time.perf_counter() - start < 1, done.stderr
+        assert done.returncode == code and sum(os.times()[2:4]) - before < 1, done.stderr
     assert "2 faults" in done.stderr and "Nearest: train_epochs" in done.stderr and "Nearest: seed" in done.stderr and "Traceback" not in done.stderr
 
 
