@@ -1,18 +1,22 @@
 """Config keys of a training run and what they do, in one process on a tiny model."""
 
+import math
 import re
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hcpdiff import device as machine
 from hcpdiff.config.load import load
 from hcpdiff.config.schema import RunConfig
-from hcpdiff.errors import ConfigError, HCPError
+from hcpdiff.errors import ConfigError, HCPError, NonFiniteError
 from hcpdiff.train.parallel import Parallel
 from hcpdiff.train.run import Run
+from hcpdiff.train.trainer import Trainer
 
 CONFIG = """
 train: {{train_steps: 2, cpu_threads: 1, log_step: 1, optimizer: {{_target_: torch.optim.SGD}}}}
@@ -166,3 +170,37 @@ def test_preview_prompts_are_encoded_once_unless_the_encoder_learns(train, monke
     monkeypatch.setattr(preview, "encode_preview_prompts", lambda *args, **keys: calls.append(1) or encode(*args, **keys))
     train("preview.prompts=[cat]", "preview.every=1", "preview.num_inference_steps=2", *learns)
     assert len(calls) == times
+
+
+def test_a_run_that_learns_its_numbers_late_ends_in_the_same_bits(train, monkeypatch):
+    """As beside a GPU: saves, previews and the log look ahead."""
+    words = ["train.train_steps=4", "train.save_step=3", "preview.prompts=['a cat']", "preview.every=2", "preview.num_inference_steps=1", "train.optimizer={_target_: torch.optim.AdamW}"]
+    at_once, _, losses = train(*words)
+    monkeypatch.setattr("hcpdiff.train.run.Trainer", partial(Trainer, lag=True))
+    late, _, late_losses = train(*words)
+    assert losses == late_losses and len(losses) == 4
+    for folder in ("ckpts", "states/3", "states/4"):
+        names = sorted(path.name for path in (at_once.folder / folder).glob("*.safetensors"))
+        for name in names:
+            a, b = (load_file(run.folder / folder / name) for run in (at_once, late))
+            assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        assert names
+    assert sorted(path.name for path in (at_once.folder / "previews").iterdir()) == sorted(path.name for path in (late.folder / "previews").iterdir())
+
+
+@pytest.mark.parametrize("lag", [False, True])
+def test_a_run_that_diverges_ends_with_code_3_and_keeps_what_was_good(train, monkeypatch, tmp_path, lag, capsys):
+    monkeypatch.setattr("hcpdiff.train.run.Trainer", partial(Trainer, lag=lag))
+    with pytest.raises(NonFiniteError, match="2 steps in a row") as caught:
+        train("train.train_steps=9", "train.save_step=1", "train.max_nonfinite=2", "lora_unet.0.lr=1e34", "train.max_grad_norm=null")
+    assert caught.value.exit_code == 3
+    run = tmp_path / "run0"
+    saved = list((run / "ckpts").iterdir())
+    assert saved and all(value.isfinite().all() for path in saved for value in load_file(path).values())
+    assert any((run / "states").iterdir())
+    log = (run / "train.log").read_text(encoding="utf-8")
+    assert re.search(r"warning: step \d changed nothing: the .* not finite.*one/a/\d.png", log) and "NaN or Inf found" not in capsys.readouterr().err
+    events = EventAccumulator(str(run / "tblog"))
+    events.Reload()
+    found = [(event.step, math.isfinite(event.value)) for event in events.Scalars("grad_norm")]
+    assert [step for step, _ in found] == list(range(1, len(found) + 1)) and [good for _, good in found[-2:]] == [False, False] and found[0][1]

@@ -152,6 +152,26 @@ def test_counters_in_tensors_of_the_host_are_put_back():
         assert bits(spoiled)[:2] == bits(twin)[:2]
 
 
+def test_tensors_that_are_not_contiguous_or_change_their_memory_are_taken_back():
+    class Moving(torch.optim.Optimizer):
+        """Its state is transposed, and its parameters get new memory at each step."""
+
+        @torch.no_grad()
+        def step(self):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    state = self.state[p]
+                    state.setdefault("sum", torch.zeros(*p.shape, 2).transpose(0, -1))
+                    state["sum"] += p.grad.sum()
+                    p.data = p.data - 0.01 * (p.grad + state["sum"].mean())
+
+    OPTIMIZERS["moving"] = lambda groups: Moving(groups, {})
+    spoiled, twin = make("moving", 6, (2, 3), lag=True), make("moving", 4, feed=Without(bad=(2, 3)))
+    spoiled.fit(StopRequest()), twin.fit(StopRequest())
+    assert bits(spoiled)[:2] == bits(twin)[:2]
+    del OPTIMIZERS["moving"]
+
+
 def test_a_large_state_is_compared_in_pieces(monkeypatch):
     monkeypatch.setattr("hcpdiff.train.undo._CHUNK", 4)
     spoiled, twin = make("AdamW", 6, (2, 3), lag=True), make("AdamW", 4, feed=Without(bad=(2, 3)))

@@ -43,7 +43,7 @@ def restore(trainer: Trainer, trainables: Sequence, state: Mapping[str, Any], po
                 t.adapters[path].up.copy_(tensors["up"])
     trainer.optimizer.load_state_dict(_own_options(state["optimizer"], trainer, options))
     trainer.state.step, trainer.state.positions = state["step"], [position(*p) for p in state["positions"]]
-    trainer.state.skipped, trainer.state.skipped_in_row, trainer.state.scale_skips = state["skipped"]
+    trainer.state.skipped, trainer.state.skipped_in_row, trainer.state.scale_skips = (*state["skipped"], 0)[:3]  # early states have two
     trainer.loss_scale.load(*state["loss_scale"])
 
 
