@@ -3,8 +3,11 @@
 import argparse
 import datetime
 import os
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from . import cli
 from .train import launcher
@@ -33,17 +36,13 @@ def train(args: argparse.Namespace, asked: int | None) -> int:
     """Checks all that can be checked without torch, then trains. asked: how many processes the launcher's command line names; None: not checked."""
     from .config.load import load
     from .config.schema import RunConfig
-    from .data.source import check_sources
-    from .errors import ConfigError, DataError
+    from .errors import ConfigError
     from .train import lock
     from .train.signals import StopRequest, orphaned
 
     sys.stdout, sys.stderr = cli.Steady(sys.stdout), cli.Steady(sys.stderr)  # a run does not end with its terminal
     now = datetime.datetime.now()
-    loaded = load(args.cfg, args.overrides, RunConfig, now=now, allow=args.allow_target)
-    faults = check_sources(loaded.config.data)
-    if faults:
-        raise DataError(faults)
+    loaded = load(args.cfg, args.overrides, RunConfig, now=now, allow=args.allow_target, also=quick_checks)
     started = int(os.environ.get("WORLD_SIZE", 1))
     launcher.check_count(started, asked or started)
     folder = Path(loaded.config.train.resume or loaded.config.exp_dir)
@@ -77,6 +76,16 @@ def run(loaded, args: argparse.Namespace, parallel, stop, now: datetime.datetime
         raise ending from None
     parallel.close()
     return code
+
+
+def quick_checks(passed: Mapping[str, Any]) -> list[str]:
+    """Beside a config's own faults: what can be said of the data and the model's folder without torch."""
+    from .data.source import check_sources
+    from .families import quick_faults
+
+    data = {key.removeprefix("data."): value for key, value in passed.items() if re.fullmatch(r"data\.[^.\[]+", key)}
+    source = passed.get("model.pretrained_model_name_or_path")
+    return check_sources(data) + (quick_faults(source, without=("vae",) if passed.get("model.vae") else ()) if source else [])
 
 
 if __name__ == "__main__":

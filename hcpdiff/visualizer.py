@@ -1,6 +1,8 @@
 """Draws pictures from a config: `python -m hcpdiff.visualizer --cfg cfgs/infer/text2img.yaml key=value …`."""
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from hcpdiff import cli
 
@@ -24,13 +26,18 @@ def main(args: argparse.Namespace) -> int:
     """Reads the config, then (only then) loads torch and draws."""
     from hcpdiff.config.infer_schema import InferConfig
     from hcpdiff.config.load import load
+    from hcpdiff.errors import ConfigError
 
-    loaded = load(args.cfg, args.overrides, InferConfig, allow=args.allow_target)
+    loaded = load(args.cfg, args.overrides, InferConfig, allow=args.allow_target, also=quick_checks)
     for notice in loaded.notices:
         print(f"note: {notice}", flush=True)
     from hcpdiff.vis.request import read
 
-    request = read(loaded.config)  # what can be said without torch is said at once
+    try:
+        request = read(loaded.config)
+    except ConfigError as error:
+        given = {"pretrained_model": loaded.config.pretrained_model, **{f"new_components.{name}": spec for name, spec in loaded.config.new_components.items()}}
+        raise ConfigError(error.faults + quick_checks(given)) from error
     from hcpdiff.quiet import quiet_libraries
 
     quiet_libraries()
@@ -38,6 +45,14 @@ def main(args: argparse.Namespace) -> int:
 
     run(request, args.allow_target, lambda line: print(line, flush=True))
     return 0
+
+
+def quick_checks(passed: Mapping[str, Any]) -> list[str]:
+    """Beside a config's own faults, or its prompts' and files': what can be said of the model's folder without torch."""
+    from hcpdiff.families import quick_faults
+
+    replaced = [key.split(".")[1] for key in passed if key.startswith("new_components.")]
+    return quick_faults(passed["pretrained_model"], "pretrained_model", replaced) if "pretrained_model" in passed else []
 
 
 if __name__ == "__main__":

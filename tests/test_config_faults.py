@@ -4,6 +4,7 @@ import pytest
 from config_help import SMALL, faults, small, write
 
 from hcpdiff.config.load import load
+from hcpdiff.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -162,3 +163,43 @@ def test_a_bad_value_behind_an_expression_names_where_it_was_written(tmp_path):
     assert "lora_unet[0].lr = 'abc' (run.yaml:4, through ${unet_lr} of command line)" in fault
     (fault,) = faults(tmp_path, text=SMALL.replace("0.0006", "0,0006"))
     assert "(run.yaml:4, through ${unet_lr} of run.yaml:2)" in fault
+
+
+def test_a_config_of_the_other_command_is_one_fault(tmp_path, monkeypatch):
+    from hcpdiff.config.infer_schema import InferConfig
+
+    monkeypatch.chdir(tmp_path)
+    for text, schema, command in (("prompt: a\nlora_path: x\nbs: 2\n", None, "hcpdiff.visualizer"), (SMALL, InferConfig, "hcpdiff.train_ac_single")):
+        write(tmp_path, text)
+        with pytest.raises(ConfigError, match=command) as caught:
+            load("run.yaml", ["sed=1"], schema)
+        assert len(caught.value.faults) == 1
+
+
+@pytest.mark.parametrize("base, near", [("cfgs/train/exmples/lora_conventional.yaml", "cfgs/train/examples/lora_conventional.yaml"), ("lora_conventional.yaml", "cfgs/train/examples/lora_conventional.yaml"),
+                                        ("my_bsae.yaml", "my_base.yaml"), ("my_base", "my_base.yaml"), ("cfgs/train/train_base.yml", "cfgs/train/train_base.yaml")])
+def test_the_nearest_base_is_named_as_it_would_be_found(tmp_path, monkeypatch, base, near):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_base.yaml").touch()
+    assert f"Nearest: {near}" in faults(tmp_path, more=f"_base_: [{base}]\n")[0]
+
+
+def test_faults_of_data_and_model_come_with_those_of_the_config(tmp_path, monkeypatch):
+    from hcpdiff.train_ac import quick_checks
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "captions.json").write_text("{", encoding="utf-8")
+    more = "sed: 1\n"
+    found = faults(tmp_path, "train.train_epoch=1", "model.pretrained_model_name_or_path=model", "data.dataset1.source.source1.caption_file=captions.json", more=more, also=quick_checks)
+    assert [word for word in ("train_epoch ", "sed", "captions.json", "model_index.json") if not any(word in fault for fault in found)] == [] and len(found) == 4
+    found = faults(tmp_path, "data.dataset1.batch_size=x", "data.dataset1.source.source1.caption_file=captions.json", more=more, also=quick_checks)
+    assert len(found) == 2  # a data set with a fault of its own is not looked into
+
+
+def test_keys_of_a_base_that_nothing_reads_are_not_in_cfg_yaml(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "my_word: 5\n", "base.yaml")
+    loaded = load(write(tmp_path, SMALL + "_base_: [base.yaml]\n"))
+    assert "my_word" in loaded.notices[0] and "my_word" not in loaded.yaml
+    assert load(write(tmp_path, loaded.yaml, "again.yaml")).plain == loaded.plain

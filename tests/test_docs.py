@@ -15,7 +15,7 @@ from hcpdiff.config.shape import fields, shape_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "scripts").glob("*.md")])
-PAIRS = [(ROOT / "README.md", ROOT / "README_cn.md"), *((page, ROOT / "docs" / "zh" / page.relative_to(ROOT / "docs" / "en")) for page in (ROOT / "docs" / "en").rglob("*.md"))]
+PAIRS = [*((ROOT / f"{page}.md", ROOT / f"{page}_cn.md") for page in ("README", "docs/reliability", "docs/security")), *((page, ROOT / "docs" / "zh" / page.relative_to(ROOT / "docs" / "en")) for page in (ROOT / "docs" / "en").rglob("*.md"))]
 READERS_OWN = {"cfgs/train/lora1.yaml", "cfgs/prompt_templates/x.txt"}  # what a reader writes, and a name that stands for any
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 BASES = {

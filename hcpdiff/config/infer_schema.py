@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from .field import key
+from .schema import MOST_SIDE
 
 # Keys of the ancestor and of other programs that are not there; the text says what to use.
 NOT_YET = "is not built yet (img2img, inpaint, ControlNet and hires fix are refused rather than ignored). Remove it to draw from text."
@@ -106,8 +107,8 @@ class InferConfig:
 
     seed: int | list[int] | None = key(None, "Seed of the first picture; picture i has seed + i. A list: one picture per seed. null: a random one, which is said.",
                                        "第一张图的种子，第 i 张为 seed + i。列表：每个种子一张图。null：随机并打印。", ge=0, lt=2**32)
-    bs: int = key(1, "Pictures drawn at once; does not change the pictures.", "同时生成的图片数；不影响图片内容。", ge=1)
-    num: int = key(1, "How often: bs × num pictures per prompt.", "次数：每个提示词共 bs × num 张。", ge=1)
+    bs: int = key(1, "Pictures drawn at once; does not change the pictures.", "同时生成的图片数；不影响图片内容。", ge=1, le=10_000)
+    num: int = key(1, "How often: bs × num pictures per prompt.", "次数：每个提示词共 bs × num 张。", ge=1, le=100_000)
     infer_args: dict = key({}, "Arguments of the pipeline: width, height (default: the model's own size), num_inference_steps, guidance_scale, eta …",
                            "pipeline 的参数：width、height（默认为模型自身尺寸）、num_inference_steps、guidance_scale、eta 等。")
     new_components: dict[str, dict] = key({}, "Parts that replace the model's own, by _target_: scheduler, vae, unet, text_encoder, tokenizer. "
@@ -128,13 +129,16 @@ class InferConfig:
     save: SaveConfig = key(SaveConfig, "How pictures are written.", "图片保存方式。")
 
     def check(self) -> Iterator[str]:
-        """Faults of infer_args that need no pipeline to be seen."""
+        """Faults of infer_args that need no pipeline to be seen, and of bs × num."""
+        if self.bs * self.num > 100_000:
+            yield f"bs × num = {self.bs} × {self.num} pictures of each prompt; at most 100000 are drawn in one run"
         for name in self.infer_args:
             if name in OWNED:
                 yield f"infer_args.{name} cannot be given there: {OWNED[name]}"
         for name, (least, kind) in NUMBERS.items():
             value = self.infer_args.get(name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            good = number and value >= least and (kind is float or float(value).is_integer())
+            most = MOST_SIDE if name in ("width", "height") else 10**6
+            good = number and least <= value <= most and (kind is float or float(value).is_integer())
             if value is not None and not good:
-                yield f"infer_args.{name} = {value!r}; it must be {'a whole number' if kind is int else 'a number'}, at least {least}"
+                yield f"infer_args.{name} = {value!r}; it must be {'a whole number' if kind is int else 'a number'}, at least {least} and at most {most}"

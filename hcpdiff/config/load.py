@@ -3,7 +3,7 @@
 import datetime
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -45,25 +45,27 @@ class Loaded(Generic[T]):
 
 
 def load(path: str, overrides_: Sequence[str] = (), schema: type[T] | None = None, now: datetime.datetime | str | None = None,
-         allow: Sequence[str] = ()) -> Loaded[T]:
+         allow: Sequence[str] = (), also: Callable[[Mapping[str, Any]], list[str]] | None = None) -> Loaded[T]:
     """The config of a file and `key=value` arguments; ConfigError with all faults of stage A.
 
     `schema` defaults to training's RunConfig. `now` (a datetime or its ISO text) fixes hcp.time: hand one moment to every process.
-    `allow` adds package prefixes for `_target_`.
+    `allow` adds package prefixes for `_target_`. Where there are faults, `also` looks further (into folders, at other files) and returns more for the same
+    message: it is given what passed, dotted key -> scalar or dataclass. Where there are none, whoever uses the config looks.
     """
     if schema is None:
         from .schema import RunConfig as schema
     moment = datetime.datetime.fromisoformat(now) if isinstance(now, str) else now or datetime.datetime.now()
-    return _Loader(schema, moment, tuple(allow)).load(str(path), list(overrides_))
+    return _Loader(schema, moment, tuple(allow), also).load(str(path), list(overrides_))
 
 
 class _Loader:
     """One call of `load`."""
 
-    def __init__(self, schema: type, now: datetime.datetime, allow: tuple[str, ...]):
-        self.schema, self.shape, self.now, self.allow = schema, shape_of(schema), now, allow
+    def __init__(self, schema: type, now: datetime.datetime, allow: tuple[str, ...], also: Callable[[Mapping[str, Any]], list[str]] | None):
+        self.schema, self.shape, self.now, self.allow, self.also = schema, shape_of(schema), now, allow, also
         self.faults: list[str] = []
         self.notices: list[str] = []
+        self.idle: list[str] = []  # free keys that nothing reads
         self.mentioned: set[str] = set()  # top-level keys that an expression of any layer names, replaced ones too
 
     def load(self, path: str, arguments: list[str]) -> Loaded:
@@ -74,6 +76,7 @@ class _Loader:
         given = overrides.parse(arguments, self.faults)
         if unread:
             raise ConfigError(self.faults)  # what follows from a missing or broken file would be noise
+        self.other_kind(layers)
         tree = self.merged(layers, given)
         own_layer = len(layers.trees) - 1
         adjust.either(tree, self.schema, self.faults, self.notices)
@@ -82,6 +85,8 @@ class _Loader:
         config = self.walked(tree, resolver, own_layer)
         if self.faults:
             raise ConfigError(list(dict.fromkeys(self.faults)))
+        for name in self.idle:  # cfg.yaml is one file, where they would be faults
+            del tree[name]
         frozen = self.frozen(tree, resolver)
         return Loaded(config, dump(frozen), to_plain(config), plain(tree), layers.files, self.notices, frozenset(resolver.timed), self.now, _set_by(tree))
 
@@ -123,7 +128,33 @@ class _Loader:
         self.faults += check.leaf_faults(walk.leaves, self.allow, carried)
         self.unread(tree, [name for name in walk.unknown if name not in resolver.read and name not in removed], own_layer)
         self.place(tree, config, carried)
+        if self.also and self.faults:
+            self.faults += self.also(self.passed(walk))
         return config
+
+    def passed(self, walk: Walk) -> dict[str, Any]:
+        """Scalars and dataclasses in which and below which nothing was wrong, by dotted key."""
+        found = {dotted(path): value for path, value in ((leaf.path, leaf.value) for leaf in walk.leaves)}
+        found |= {dotted(path): record for path, record in walk.whole.items()}
+        faulty = re.compile("|".join(rf"{re.escape(key)}(?![\w-])" for key in sorted(found, key=len, reverse=True) if key) or "$^")
+        named = {match.group() for fault in self.faults if (match := faulty.match(fault))}
+        bad = {"" for _ in self.faults} | {key for key in found for name in named if key == name or name.startswith((f"{key}.", f"{key}["))}
+        return {key: value for key, value in found.items() if key not in bad}
+
+    def other_kind(self, layers: Layers) -> None:
+        """Stops at a config of the other command: every key of it would be a fault of its own."""
+        from .infer_schema import InferConfig
+        from .schema import RunConfig
+
+        kinds = {RunConfig: (InferConfig, "drawing", "hcpdiff.visualizer"), InferConfig: (RunConfig, "training", "hcpdiff.train_ac_single")}
+        if self.schema not in kinds:
+            return
+        other, what, command = kinds[self.schema]
+        names = {name for tree in layers.trees for name in tree}
+        theirs, ours = names & set(fields(other)) - set(fields(self.schema)), names & set(fields(self.schema)) - set(fields(other))
+        if len(theirs) > 1 and not ours:
+            raise ConfigError(f"--cfg {layers.files[-1]} is a config for {what} (it has {', '.join(sorted(theirs)[:4])}): run it by python -m {command}, "
+                              f"or name another config here.")
 
     def filled(self, text: str, path: tuple, resolver: Resolver) -> Any:
         """A default with its expressions evaluated."""
@@ -140,6 +171,7 @@ class _Loader:
                 self.faults.append(f"{name} ({origin}) is not a known key, and nothing reads it{self._belongs(name)}")
             else:
                 self.notices.append(f"{name} ({origin}) is a key that nothing reads")
+                self.idle.append(name)
 
     def _belongs(self, name: str) -> str:
         """What a free key may have meant: another top-level key, one that an expression could read, or one further down."""

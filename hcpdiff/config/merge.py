@@ -91,9 +91,22 @@ def _at_layer(node: Node, layer: int, path: Path) -> Node:
 def _missing(name: str, named_by: Path | None, origin: Origin | None) -> str:
     looked = ", ".join(dict.fromkeys(str(place.parent) for place in read.places(name, named_by)))
     wanted = f"{BASE}: '{name}' ({origin})" if origin else f"--cfg: '{name}'"
-    beside = sorted({path.name for place in read.places(name, named_by) if place.parent.is_dir() for path in place.parent.glob("*.yaml")})
-    found = difflib.get_close_matches(Path(name).name, beside, n=2)
+    found = _near_configs(name, named_by)
     return f"{wanted} is not there. Looked in {looked}" + (f". Nearest: {', '.join(found)}" if found else "")
+
+
+def _near_configs(name: str, named_by: Path | None) -> list[str]:
+    """Configs that the name may have meant, spelt as `places` would find them: beside the file, in the folder that is named, among the installed cfgs/."""
+    asked = name.removeprefix("./")
+    folder = Path(asked).parent.as_posix()
+    known: list[str] = []
+    for place in read.places(asked, named_by):
+        if place.parent.is_dir() and "\0" not in asked:
+            known += [path.name if folder == "." else f"{folder}/{path.name}" for path in sorted(place.parent.glob("*.y*ml"))]
+    root = read.places("cfgs", None)[1].parent
+    known += [path.relative_to(root).as_posix() for path in sorted((root / "cfgs").rglob("*.y*ml"))]
+    near = difflib.get_close_matches(asked, known, n=2, cutoff=0.7)
+    return list(dict.fromkeys([*(path for path in known if Path(path).name == Path(asked).name), *near]))[:2]
 
 
 def _short(path: Path) -> str:

@@ -12,6 +12,9 @@ from typing import ClassVar, Literal
 from . import legacy
 from .field import key
 
+MOST_SIDE = 16384  # pixels; beyond these a slip of the keyboard would ask for terabytes
+MOST_PIXELS = MOST_SIDE**2
+
 
 @dataclass
 class LoraGroup:
@@ -19,7 +22,7 @@ class LoraGroup:
 
     lr: float = key(doc="Learning rate of this group.", zh="该组的学习率。", ge=0)
     rank: int | float = key(4, "Rank of the LoRA. Below 1: that share of the layer's output width; 4.0 means 4.",
-                            "LoRA 的秩。小于 1 时表示输出宽度的比例；4.0 等同于 4。", gt=0)
+                            "LoRA 的秩。小于 1 时表示输出宽度的比例；4.0 等同于 4。", gt=0, le=16384)
     alpha: float | None = key(None, "LoRA alpha; the effective scale is alpha / rank. null: alpha = rank.",
                               "LoRA 的 alpha，实际缩放为 alpha / rank。null 表示等于 rank。", gt=0)
     dropout: float = key(0.0, "Dropout on the LoRA branch only; the base layer is never dropped.",
@@ -102,12 +105,12 @@ class TrainConfig:
 
     REMOVED: ClassVar = legacy.TRAIN
 
-    train_epochs: int | None = key(None, "Passes over the first dataset. Set this or train_steps.", "训练轮数（以第一个数据集计）。与 train_steps 二选一。", ge=1)
-    train_steps: int | None = key(None, "Optimizer steps. Set this or train_epochs.", "优化器步数。与 train_epochs 二选一。", ge=1, unit="steps")
-    gradient_accumulation_steps: int = key(1, "Batches per optimizer step and process.", "梯度累积的批数。", ge=1)
+    train_epochs: int | None = key(None, "Passes over the first dataset. Set this or train_steps.", "训练轮数（以第一个数据集计）。与 train_steps 二选一。", ge=1, le=10_000_000)
+    train_steps: int | None = key(None, "Optimizer steps. Set this or train_epochs.", "优化器步数。与 train_epochs 二选一。", ge=1, le=100_000_000, unit="steps")
+    gradient_accumulation_steps: int = key(1, "Batches per optimizer step and process.", "梯度累积的批数。", ge=1, le=1_000_000)
     max_grad_norm: float | None = key(1.0, "Clip the gradient's total norm to this. null: no clipping.", "梯度裁剪的范数上限；null 不裁剪。", gt=0)
-    workers: int | Literal["auto"] = key("auto", "Loader processes. auto: none when latents are cached, else up to 4.", "数据加载进程数。auto：缓存 latent 时为 0，否则至多 4。", ge=0)
-    cpu_threads: int | Literal["auto"] = key("auto", "Threads of torch on the CPU. auto: all cores, shared by the processes.", "CPU 线程数。auto 为全部核心。", ge=1)
+    workers: int | Literal["auto"] = key("auto", "Loader processes. auto: none when latents are cached, else up to 4.", "数据加载进程数。auto：缓存 latent 时为 0，否则至多 4。", ge=0, le=1024)
+    cpu_threads: int | Literal["auto"] = key("auto", "Threads of torch on the CPU. auto: all cores, shared by the processes.", "CPU 线程数。auto 为全部核心。", ge=1, le=4096)
     save_step: int | None = key(100, "Save every this many steps. null: only at the end.", "每多少步保存一次；null 只在结束时保存。", ge=1, unit="steps")
     save_dtype: Literal["fp32", "fp16", "bf16"] = key("fp32", "Number format of the files in ckpts/.", "ckpts/ 中文件的精度。")
     keep_states: int = key(2, "How many of the newest resumable states to keep.", "保留最近几个可恢复的训练状态。", ge=1)
@@ -166,7 +169,7 @@ class SourceConfig:
                                       "null: '{pt1}, {caption}' as far as there are words and captions.",
                                       "模板文本文件：每行一个模板，每个样本随机取一行；填入 {caption} 与 word_names 中的词。null 为 '{pt1}, {caption}'。", path=True, exists="carried")
     word_names: dict[str, str] = key({}, "Words for the {names} of the template; pt1 is the trigger word.", "模板中 {名字} 对应的词；pt1 为触发词。")
-    repeats: int = key(1, "How often each image is seen in an epoch.", "每轮中每张图片出现的次数。", ge=1, aliases=("repeat",))
+    repeats: int = key(1, "How often each image is seen in an epoch.", "每轮中每张图片出现的次数。", ge=1, le=1_000_000, aliases=("repeat",))
     tag_shuffle: bool = key(False, "Shuffle the caption's comma-separated tags.", "打乱以逗号分隔的标签。")
     keep_tokens: int = key(0, "How many leading tags are neither shuffled nor dropped.", "开头几个标签不打乱、不丢弃。", ge=0, unit="tags")
     tag_dropout: float = key(0.0, "Chance that a tag is left out.", "每个标签被丢弃的概率。", ge=0, le=1)
@@ -190,22 +193,22 @@ class BucketConfig:
 
     TARGETS: ClassVar = ("hcpdiff.data.bucket.RatioBucket", "hcpdiff.data.bucket.RatioBucket.from_files", "hcpdiff.data.bucket.FixedBucket",
                          "hcpdiff.data.RatioBucket", "hcpdiff.data.RatioBucket.from_files", "hcpdiff.data.FixedBucket")
-    target_area: int | float = key(512 * 512, "Pixels per training image.", "训练图像的像素数。", ge=64, unit="pixels")
-    num_bucket: int = key(4, "Aspect ratios to cluster the images into.", "按宽高比分组的数量。", ge=1)
-    step_size: int | None = key(None, "Sides are multiples of this. null: 8 × the VAE's factor (64 for SD).", "边长的倍数。null 为 8 × VAE 缩放倍数（SD 为 64）。", ge=1, unit="pixels")
+    target_area: int | float = key(512 * 512, "Pixels per training image.", "训练图像的像素数。", ge=64, le=MOST_PIXELS, unit="pixels")
+    num_bucket: int = key(4, "Aspect ratios to cluster the images into.", "按宽高比分组的数量。", ge=1, le=10_000)
+    step_size: int | None = key(None, "Sides are multiples of this. null: 8 × the VAE's factor (64 for SD).", "边长的倍数。null 为 8 × VAE 缩放倍数（SD 为 64）。", ge=1, le=MOST_SIDE, unit="pixels")
     sizes: list[list[int]] | None = key(None, "Fixed buckets: [[width, height], ...]; each image goes to the nearest ratio. Replaces target_area and num_bucket.",
                                         "固定分组：[[宽, 高], ...]，图片归入宽高比最近的一组；设置后不再使用 target_area 与 num_bucket。")
     no_upscale: bool = key(False, "Never enlarge a small image: it goes to a bucket of its own ratio and at most its size.", "不放大小图：使用不超过原图大小的分组。")
     crop: Literal["center", "random"] = key("center", "Where to crop after resizing.", "缩放后的裁剪方式。")
-    crop_variants: int = key(4, "crop random: number of fixed crops per image (so that caches can hold them).", "crop 为 random 时每张图片固定的裁剪数。", ge=1)
+    crop_variants: int = key(4, "crop random: number of fixed crops per image (so that caches can hold them).", "crop 为 random 时每张图片固定的裁剪数。", ge=1, le=1000)
 
     def check(self) -> Iterator[str]:
         """Faults of sizes."""
         if self.sizes is not None and not self.sizes:
             yield "sizes is empty: list [width, height] pairs, or use null"
         for index, size in enumerate(self.sizes or ()):
-            if len(size) != 2 or min(size) < 8:
-                yield f"sizes[{index}] = {size} must be [width, height] in pixels, each at least 8"
+            if len(size) != 2 or min(size) < 8 or max(size) > MOST_SIDE:
+                yield f"sizes[{index}] = {size} must be [width, height] in pixels, each from 8 to {MOST_SIDE}"
 
 
 @dataclass
@@ -214,7 +217,7 @@ class DatasetConfig:
 
     REMOVED: ClassVar = legacy.DATASET
     TARGETS: ClassVar = ("hcpdiff.data.TextImagePairDataset", "hcpdiff.data.pair_dataset.TextImagePairDataset", "hcpdiff.data.dataset.TextImagePairDataset")
-    batch_size: int = key(4, "Images per batch and process.", "每个进程每批的图像数。", ge=1)
+    batch_size: int = key(4, "Images per batch and process.", "每个进程每批的图像数。", ge=1, le=100_000)
     loss_weight: float = key(1.0, "Weight of this dataset's loss.", "该数据集损失的权重。", gt=0)
     cache_latents: bool | Literal["memory", "disk", "none"] = key(
         "memory", "Encode each image once: kept in memory, on disk (found again by content at the next start), or none. true means memory.",
@@ -236,8 +239,8 @@ class PreviewConfig:
     prompts: list[str] = key([], "Prompts to draw; empty: no previews.", "预览用的提示词；为空则不生成预览。")
     neg_prompt: str = key("", "Negative prompt.", "反向提示词。")
     every: int = key(100, "Draw every this many steps, and at the end.", "每多少步生成一次，结束时也会生成。", ge=1, unit="steps")
-    width: int | None = key(None, "Width; null: the first bucket's.", "宽度；null 取第一个分组。", ge=8, unit="pixels")
-    height: int | None = key(None, "Height; null: the first bucket's.", "高度；null 取第一个分组。", ge=8, unit="pixels")
+    width: int | None = key(None, "Width; null: the first bucket's.", "宽度；null 取第一个分组。", ge=8, le=MOST_SIDE, unit="pixels")
+    height: int | None = key(None, "Height; null: the first bucket's.", "高度；null 取第一个分组。", ge=8, le=MOST_SIDE, unit="pixels")
     num_inference_steps: int = key(20, "Sampler steps.", "采样步数。", ge=1)
     guidance_scale: float = key(7.0, "Classifier-free guidance.", "引导强度。", ge=0)
     seed: int = key(42, "Seed of the first image; the others follow.", "第一张图的种子，其余依次加一。", ge=0)

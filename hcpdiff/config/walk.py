@@ -26,7 +26,8 @@ class Leaf(NamedTuple):
 class Walk:
     """Turns a resolved tree into the schema's dataclasses.
 
-    After `record`, `faults` holds what was wrong, `leaves` every scalar and every `_target_` map, `unknown` the free top-level keys.
+    After `record`, `faults` holds what was wrong, `leaves` every scalar and every `_target_` map, `unknown` the free top-level keys,
+    `whole` every dataclass in which nothing was wrong, by its path.
     `fill(text)` resolves the expressions of a default.
     """
 
@@ -34,6 +35,7 @@ class Walk:
         self.fill, self.faults = fill, faults
         self.leaves: list[Leaf] = []
         self.unknown: list[str] = []
+        self.whole: dict[tuple, Any] = {}
 
     def record(self, cls: type, node: Map, path: tuple = ()) -> Any:
         """An instance of `cls`, or BROKEN when something below is wrong."""
@@ -55,7 +57,7 @@ class Walk:
                 values[field.name] = BROKEN
         if any(value is BROKEN for value in values.values()):
             return BROKEN
-        made = cls(**values)
+        self.whole[path] = made = cls(**values)
         for fault in made.check() if hasattr(made, "check") else ():
             self.faults.append(f"{dotted(path)}{'.' if path else ''}{fault}")
         return made

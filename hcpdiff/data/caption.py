@@ -81,7 +81,7 @@ def _from_folder(folder: Path, img_root: str, keys: Sequence[str], where: str, f
         if ending.lower() in TEXT_ENDINGS and (stem not in texts or ending.lower() == ".txt"):
             texts[stem] = name
     matched = match(texts, "", keys, str(folder), faults, ambiguous_faults=False)
-    tables = sorted(entry.name for entry in os.scandir(folder) if entry.is_file() and entry.name.lower().endswith(TABLE_ENDINGS) and not entry.name.startswith("."))
+    tables = sorted(entry.name for entry in os.scandir(folder) if os.path.isfile(entry.path) and entry.name.lower().endswith(TABLE_ENDINGS) and not entry.name.startswith("."))
     if not matched.found and tables:
         if len(tables) > 1:
             faults.append(f"{where}.caption_file = {str(folder)!r} holds {len(tables)} caption files: {', '.join(tables)}. Name the one to use.")

@@ -16,6 +16,8 @@ from .plan import DatasetPlan, MicroBatch, Plan, Position, Step
 from .sample import Batch, BatchMaker, TrainDataset, to_unit
 from .source import Source, read_source
 
+_MOST_SAMPLES = 20_000_000  # of an epoch; some 100 bytes each
+
 
 def build_train_data(data: Mapping[str, Any], *, seed: int, micro_per_step: int, vae_factor: int = 8, latent_channels: int = 4, step_default: int | None = None,
                      workers: int | str = "auto", token_count: Callable[[str], int] | None = None, token_limit: int = 75) -> "TrainData":
@@ -59,6 +61,9 @@ def _index(name: str, config: Any, factor: int, step_default: int, faults: list[
         return None
     sizes = np.concatenate([source.sizes for source in sources])
     repeats = _repeats(sources)
+    if repeats.sum() > _MOST_SAMPLES:
+        faults.append(f"{where}: images x repeats are {repeats.sum()} samples in an epoch; at most {_MOST_SAMPLES} can be planned. Lower repeats and train more epochs.")
+        return None
     buckets = _buckets(config.bucket, sizes, repeats, step)
     firsts = np.cumsum([0, *(len(source.keys) for source in sources)])[:-1]
     crop = config.bucket

@@ -4,6 +4,7 @@ Functions raise READ_FAULTS for a file that is damaged or not an image; callers 
 """
 
 import functools
+import io
 import struct
 import warnings
 import zlib
@@ -17,9 +18,9 @@ from PIL import Image
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".gif"})
 HEIF_EXTENSIONS = frozenset({".heic", ".heif"})
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "AVIF", "GIF", "HEIF")  # by content, whatever the ending; no plugin that starts programs (EPS) is ever tried
-READ_FAULTS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError, struct.error, zlib.error,
+READ_FAULTS = (OSError, RuntimeError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError, struct.error, zlib.error,
                Image.DecompressionBombError)
-PIXELS_VERSION = 1  # part of every cache key: raise it when decode, fit or fit_mask change what they return
+PIXELS_VERSION = 2  # part of every cache key: raise it when decode, fit or fit_mask change what they return
 
 _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
           6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}  # EXIF tag 0x0112 -> how to make it upright
@@ -114,8 +115,48 @@ def decode(source: str | Path | BinaryIO, background: tuple[int, int, int] = (25
     with _open(source) as image:
         turn = _orientation(image)
         image.load()
-        rgb = _to_rgb(image, tuple(background))
+        rgb = _to_rgb(_to_srgb(image), tuple(background))
     return rgb.transpose(_TURNS[turn]) if turn in _TURNS else rgb
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """The image in the colours of sRGB, as a viewer shows it, where it carries another colour profile (a phone's Display P3, a print's CMYK).
+
+    A profile that is damaged, or for another kind of pixels, is left aside: the numbers then count as sRGB.
+    """
+    raw = image.info.get("icc_profile")
+    if not raw:
+        return image
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    flat = image if image.mode in ("L", "CMYK") else image.convert("L" if image.mode in ("LA", "1") else "RGB")
+    if image.mode.startswith("I") or (change := _colour_change(bytes(raw), flat.mode)) is None:
+        return image
+    out = change.apply(flat)
+    if alpha is not None:
+        out.putalpha(alpha)
+    return out
+
+
+@functools.lru_cache(maxsize=16)
+def _colour_change(raw: bytes, mode: str):
+    """From a colour profile and pixel mode to sRGB as RGB; None where nothing is to be done or can be."""
+    try:
+        from PIL import ImageCms
+
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(raw))
+        space = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}[mode]
+        if profile.profile.xcolor_space.strip() != space or "sRGB" in (profile.profile.profile_description or ""):
+            return None
+        return ImageCms.ImageCmsTransform(profile, _srgb(), mode, "RGB", ImageCms.Intent.PERCEPTUAL, flags=ImageCms.Flags.NOCACHE)  # no cache: threads share it
+    except (ImportError, OSError, ValueError, TypeError):  # ImageCms raises OSError for profiles that it cannot read or combine
+        return None
+
+
+@functools.cache
+def _srgb():
+    from PIL import ImageCms
+
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

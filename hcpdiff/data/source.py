@@ -65,7 +65,7 @@ def _check_folder(path: str, where: str, faults: list[str]) -> bool:
     if os.path.isdir(path):
         return True
     parent = os.path.dirname(os.path.abspath(path)) or "."
-    beside = [entry.name for entry in os.scandir(parent) if entry.is_dir()] if os.path.isdir(parent) else []
+    beside = [entry.name for entry in os.scandir(parent) if os.path.isdir(entry.path)] if os.path.isdir(parent) else []
     near = difflib.get_close_matches(os.path.basename(os.path.normpath(path)), beside, 3)
     what = "is a file, not a folder" if os.path.isfile(path) else "is not a folder"
     hint = f". Near it: {', '.join(near)}" if near else f" (working directory: {os.getcwd()})"

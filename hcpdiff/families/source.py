@@ -56,7 +56,7 @@ def _cached(source: str, revision: str | None, variant: str | None) -> Path | No
     """The hub cache's folder of a model if it is whole; a download that was interrupted is not."""
     try:
         folder = _download(source, revision, variant, local_only=True)
-        check_complete(folder, [part for part, value in read_index(folder).items() if part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") and value])
+        check_complete(folder, parts_of(folder))
     except (OSError, ValueError, ConfigError):
         return None
     return folder
@@ -125,6 +125,11 @@ def read_index(folder: Path, key: str = MODEL_KEY) -> dict:
         raise ConfigError(f"{key} = {str(folder)!r} has no model_index.json, so it is no diffusers model. It holds: "
                           f"{', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}.")
     return read_json(path)
+
+
+def parts_of(folder: Path) -> list[str]:
+    """The parts that are needed of those that model_index.json names."""
+    return [part for part, value in read_index(folder).items() if part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") and value]
 
 
 def read_json(path: Path) -> dict:

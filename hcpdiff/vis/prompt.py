@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from ..errors import ConfigError
 
 DEFAULT_WEIGHT = 1.1  # of braces without a number, as A1111's parentheses
+DEEPEST = 50  # brackets inside each other; 1.1 to the 50th is 117
+MAX_PRODUCT = 1000.0  # of the weights of brackets inside each other
 MAX_WEIGHT = 10.0  # beyond it no picture survives: it is a clock time or a ratio that was meant as text
 NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)")
 
@@ -75,8 +77,18 @@ def parse(prompt: str, syntax: str = "hcp", where: str = "prompt") -> Parsed:
     if syntax == "webui":
         from .webui_prompt import parse_webui
 
-        return parse_webui(prompt, where)
-    return Parsed(merge(parse_braces(prompt, where)), notices=tuple(webui_notices(prompt, where)))
+        parsed = parse_webui(prompt, where)
+    else:
+        parsed = Parsed(merge(parse_braces(prompt, where)), notices=tuple(webui_notices(prompt, where)))
+    heavy = next((piece for piece in parsed.pieces if not abs(piece.weight) <= MAX_PRODUCT), None)
+    if heavy:
+        raise ConfigError(f"{where}: the weight of {heavy.text[:40]!r} is {heavy.weight:g}; weights and those around them may multiply to {MAX_PRODUCT:g}, and no picture survives 10.")
+    return parsed
+
+
+def too_deep(prompt: str, at: int, where: str) -> str:
+    """The fault of a bracket that stands inside too many others."""
+    return pointed(where, prompt, at, f"this bracket stands inside {DEEPEST} others", "Give one pair of brackets a weight instead.")
 
 
 def merge(pieces: list[Piece]) -> tuple[Piece, ...]:
@@ -110,6 +122,8 @@ def parse_braces(prompt: str, where: str) -> list[Piece]:
     stack, faults = [Brace(-1)], []
     for kind, text, at in scan(prompt):
         if kind == "open":
+            if len(stack) > DEEPEST:
+                raise ConfigError([*faults, too_deep(prompt, at, where)])
             stack.append(Brace(at))
         elif kind != "close":
             stack[-1].items.append(Item(text, colon=kind == "colon"))
@@ -160,7 +174,7 @@ def pointed(where: str, prompt: str, at: int, what: str, advice: str) -> str:
 WEBUI_MARKS = (
     (re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>"), "is webui's tag for a LoRA; here lora_path and lora_alpha name it"),
     (re.compile(r"(?<!\\)\([^()]*:\s*[+-]?[\d.]+\s*\)"), "is webui's spelling of a weight; here it is {text:1.2}"),
-    (re.compile(r"(?<!\\)\({2,}[^()]+\){2,}"), "is webui's emphasis; here it is {text}"),
+    (re.compile(r"(?<![\\(])\({2,}[^()]+\){2,}"), "is webui's emphasis; here it is {text}"),
     (re.compile(r"(?<!\\)\[(?:[^\[\]():|]|\([^()]*\))*[:|](?:[^\[\]()]|\([^()]*\))*\]"), "is webui's prompt editing, which is not read"),
     (re.compile(r"\\[()\[\]]"), "is webui's escape; parentheses are plain text here and need none"),
     (re.compile(r"\bBREAK\b"), "is webui's mark for a new chunk"),

@@ -7,7 +7,7 @@ editing, AND) is refused rather than drawn wrongly.
 import re
 
 from ..errors import ConfigError
-from .prompt import DEFAULT_WEIGHT, LoraTag, Parsed, Piece, merge, pointed
+from .prompt import DEEPEST, DEFAULT_WEIGHT, LoraTag, Parsed, Piece, merge, pointed, too_deep
 
 TAG = re.compile(r"<(\w+):([^<>]*)>")
 MARK = re.compile(r"\\([()\[\]\\])|([(\[])|:\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)|([)\]])")
@@ -70,6 +70,8 @@ def brackets(prompt: str, where: str) -> tuple[list[Piece], list[str]]:
         if escaped:
             pieces.append(Piece(escaped))
         elif opening:
+            if len(opened) >= DEEPEST:
+                raise ConfigError(too_deep(prompt, match.start(), where))
             opened.append((opening, len(pieces)))
         elif number:
             if not close("(", float(number)):
