@@ -64,7 +64,7 @@ class Stoppable(Run):
         self.stopper = [StopAfter(step, crash, self.stop)] if step else []
 
     def _load_model(self) -> None:
-        with mock.patch.object(self.family, "load", functools.partial(_load, self.family.load)):
+        with mock.patch.object(self.base.family, "load", functools.partial(_load, self.base.family.load)):
             super()._load_model()
 
     def _hooks(self) -> list:

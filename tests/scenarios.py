@@ -12,7 +12,7 @@ from torch import nn
 
 from hcpdiff.errors import CheckpointError, ConfigError, DataError
 from hcpdiff.train import run, signals  # noqa: F401
-from hcpdiff.train.hooks import PreviewHook
+from hcpdiff.train.previews import PreviewHook
 from hcpdiff.train.optim import Gradients, optimizer_groups
 from hcpdiff.train.parallel import Parallel
 from hcpdiff.train.signals import StopRequest

@@ -1,19 +1,12 @@
-"""What happens beside the steps: logging and previews; saving is in `save.py`."""
+"""What happens beside the steps: logging, and what is done every so many of them; saving is in `save.py`, previews in `previews.py`."""
 
 import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from itertools import zip_longest
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-import torch
-
-from ..errors import HCPError
 from ..loggers import Logger
-from .optim import weights_for_use
-from .parallel import Parallel
 from .trainer import Hook, Trainer
 
 
@@ -59,7 +52,6 @@ class LogHook(Hook):
         if trainer.loss_scale.active:
             shown |= {"loss_scale": int(trainer.loss_scale.value), "scale_skips": trainer.state.scale_skips}
         self.logger.progress(step, {**shown, "speed": speed, "left": (trainer.total_steps - step) / speed})
-
 
     def _warnings(self, trainer: Trainer, records: list) -> list[str]:
         skips = trainer.take_skips()
@@ -115,41 +107,3 @@ class Periodic(Hook):
 
     def act(self, trainer: Trainer) -> None:
         """The thing itself."""
-
-
-class PreviewHook(Periodic):
-    """Draws the preview prompts every `every` steps and at the end, into previews/ and the loggers. Each process draws its share, rank 0 writes."""
-
-    def __init__(self, draw: Callable[[], list], run: Path, every: int, logger: Logger, parallel: Parallel):
-        super().__init__(every)
-        self.draw, self.run, self.logger, self.parallel = draw, run, logger, parallel
-
-    def act(self, trainer: Trainer) -> None:
-        """Draws with the weights as they are."""
-        step, drawn, fault = trainer.state.step, [], ""
-        try:
-            with weights_for_use(trainer.optimizer):
-                drawn = self.draw()
-        except (HCPError, OSError, torch.OutOfMemoryError) as error:  # a picture is no reason to lose a run
-            fault = str(error)
-        parts = self.parallel.gather((drawn, fault))
-        if not self.parallel.main:
-            return
-        fault = next((fault for _, fault in parts if fault), "")
-        images = [image for row in zip_longest(*(drawn for drawn, _ in parts)) for image in row if image is not None]
-        fault = fault or self._write(step, images)
-        if fault:
-            self.logger.say(f"warning: the preview of step {step} could not be drawn: {fault}")
-        else:
-            self.logger.images(step, "preview", images)
-
-    def _write(self, step: int, images: Sequence) -> str:
-        """Writes the pictures; what went wrong, or nothing."""
-        try:
-            folder = self.run / "previews"
-            folder.mkdir(exist_ok=True)
-            for index, image in enumerate(images):
-                image.save(folder / f"{step}-{index}.png")
-        except OSError as error:
-            return str(error)
-        return ""

@@ -8,6 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import __version__
+from .. import device as machine
+from ..config.schema import RunConfig
+from ..loggers import Logger
+from .base import BaseModel
+from .parallel import Parallel
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 
@@ -15,6 +20,19 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 def versions() -> dict[str, str]:
     """Version of hcpdiff, Python and the packages whose change may change a run."""
     return {"hcpdiff": __version__, "python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def run_facts(cfg: RunConfig, base: BaseModel, parallel: Parallel, precision: str, length: str) -> dict[str, object]:
+    """What the first table of a run says. precision: of the frozen weights, and the attention kernel; length: how many steps."""
+    train, world = cfg.train, parallel.world
+    batch = sum(data.batch_size for data in cfg.data.values())
+    return {
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "device": f"{machine.describe(parallel.device)}; {world} process{'es' if world > 1 else ''}",
+        "precision": precision, "base model": f"{base.models.name} ({base.family.base_version(base.models)}, predicts {base.prediction})", "seed": cfg.seed,
+        "images per step": f"{batch * world * train.gradient_accumulation_steps} (batch {batch}, processes {world}, accumulation {train.gradient_accumulation_steps})",
+        "length": length, "optimizer": f"{train.optimizer['_target_']}, {train.lr_scheduler['_target_'] if train.lr_scheduler else train.scheduler.name}",
+    }
 
 
 def facts_table(title: str, facts: Mapping[str, object]) -> Table:
@@ -34,3 +52,14 @@ def layers_table(trainables: Sequence) -> Table:
         for group, pattern, layers, rank, alpha, lr, parameters in trainable.rows():
             table.add_row(*map(Text, (group, pattern, str(layers), rank, alpha, f"{lr:g}", parameters)))
     return table
+
+
+class Printer:
+    """The loggers in the place of a rich console."""
+
+    def __init__(self, log: Logger):
+        self.log = log
+
+    def print(self, renderable: object, **style) -> None:
+        """One table or line."""
+        self.log.say(renderable)

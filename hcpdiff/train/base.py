@@ -1,0 +1,77 @@
+"""The base model of a run: found and checked before anything large is read, then loaded, with marks by which a resumed run knows it again."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..config.build import build
+from ..config.schema import ModelConfig, TrainConfig
+from ..diffusion.objective import PREDICTIONS, DiscreteObjective
+from ..errors import ConfigError
+from ..families import detect
+from ..families.base import Models, file_mark, fingerprint
+from ..families.source import resolve
+
+
+class BaseModel:
+    """`folder`, `family`, `geometry` (pixels per latent cell and side, latent channels) and `notices` are known from the start, the rest after `load`."""
+
+    def __init__(self, config: ModelConfig):
+        """ConfigError where it is not there, not whole, or of no family that is known."""
+        self.config = config
+        self.folder, self.notices = resolve(config.pretrained_model_name_or_path, config.revision, config.variant)
+        self.family = detect(self.folder)
+        self.family.check(self.folder, vae=config.vae)
+        self.geometry = self.family.latent_geometry(self.folder)
+        self.models: Models | None = None
+        self.marks: dict[str, str] = {}
+
+    def load(self, dtype: torch.dtype, allow: Sequence[str]) -> Models:
+        """Reads every part; `marks` hold part -> digest of its weights from then on."""
+        parts = [*(component.name for component in self.family.components), "vae"]
+        self.models = self.family.load(self.folder, self._name(), parts, dtype, self.config.vae, self.config.variant)
+        self._set_scheduler(allow)
+        self.marks = {component.name: file_mark(self.folder / component.name) for component in self.family.components} | {"vae": fingerprint(self.models.vae)}
+        return self.models
+
+    def _name(self) -> str:
+        """What files call it: no local path."""
+        source = self.config.pretrained_model_name_or_path
+        return self.folder.resolve().name if Path(source).expanduser().exists() else source
+
+    def _set_scheduler(self, allow: Sequence[str]) -> None:
+        if self.config.noise_scheduler:
+            scheduler = build(self.config.noise_scheduler, "noise_scheduler", "model.noise_scheduler", allow)
+            if not hasattr(scheduler, "alphas_cumprod"):
+                raise ConfigError(f"model.noise_scheduler: {type(scheduler).__name__} is for another kind of model; a DDPM-like scheduler (with alphas_cumprod) is needed.")
+            self.models.scheduler_config = dict(scheduler.config)
+        if self.config.prediction_type != "auto":
+            self.models.scheduler_config = {**self.models.scheduler_config, "prediction_type": self.config.prediction_type}
+
+    @property
+    def prediction(self) -> str:
+        """What the model predicts: epsilon, v_prediction, sample."""
+        return self.models.scheduler_config.get("prediction_type", "epsilon")
+
+    def objective(self, train: TrainConfig) -> DiscreteObjective:
+        """What is learnt; ConfigError where the model predicts something unknown, or has fewer timesteps than asked for."""
+        alphas = self.family.alphas_cumprod(self.models)
+        if self.prediction not in PREDICTIONS:
+            raise ConfigError(f"the base model's scheduler predicts {self.prediction!r}; supported: {', '.join(PREDICTIONS)}.")
+        top = train.max_timestep or len(alphas)
+        if not train.min_timestep < top <= len(alphas):
+            raise ConfigError(f"train.min_timestep = {train.min_timestep}, train.max_timestep = {train.max_timestep}: 0 <= min < max <= {len(alphas)} must hold.")
+        return DiscreteObjective(alphas, self.prediction, train.min_timestep, top)
+
+    def check_clip_skip(self) -> None:
+        """ConfigError where more layers are to be left out than there are."""
+        layers = self.models.text_encoder.config.num_hidden_layers
+        if self.config.clip_skip >= layers:
+            raise ConfigError(f"model.clip_skip = {self.config.clip_skip}: the text encoder has {layers} layers.")
+
+    def checkpoint_gradients(self, trained: Sequence[str]) -> None:
+        """Activations are computed again in the backward pass, of every part that it goes through: the UNet always, and what is trained."""
+        for name in dict.fromkeys(["unet", *trained]):
+            self.family.checkpointing(self.models, name)
+            self.models.modules[name].train()  # the libraries recompute in train mode only; SD has no dropout of its own

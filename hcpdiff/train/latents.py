@@ -1,0 +1,45 @@
+"""Latents are encoded once, before the first step; what is not needed any more is let go."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from ..data.dataset import TrainData
+from ..families.base import Models
+from .parallel import Parallel
+
+EVERY = 5.0  # seconds between two lines on how far it is
+
+
+def cache_latents(data: TrainData, models: Models, mark: str, parallel: Parallel, keep_vae: bool, say: Callable[[str], None]) -> None:
+    """Fills the cache of every dataset that has one; each process does its share. keep_vae: for previews, which fetch it from the CPU when they draw."""
+    models.vae.to(parallel.device)
+    exchange = parallel.gather if parallel.world > 1 else None
+    data.cache_latents(_encoder(models, parallel.device), mark, parallel.rank, parallel.world, exchange, _Telling(say))
+    if data.all_cached:
+        models.vae.to("cpu")
+        if not keep_vae:
+            models.drop("vae")
+
+
+def _encoder(models: Models, device: torch.device) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    @torch.no_grad()
+    def encode(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, std = models.family.posterior(models, pixels.to(device))
+        return mean.cpu(), std.cpu()
+
+    return encode
+
+
+class _Telling:
+    """A line every few seconds, and one at the end."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.said = say, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now - self.said > EVERY:
+            self.said = now
+            self.say(f"latents: {done}/{total} images")

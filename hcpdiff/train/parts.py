@@ -1,0 +1,56 @@
+"""The parts of a trainer, made of a config: gradient buffer, step, optimizer, learning-rate factor."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..config.build import build
+from ..config.schema import RunConfig, TrainConfig
+from ..data.dataset import TrainData
+from ..loss import make_loss
+from ..trainables.lora import LoraTrainable, ParamGroup
+from .base import BaseModel
+from .conditioning import Encoder, FrozenText
+from .optim import Gradients, lr_factor, optimizer_groups, simulated_factor
+from .parallel import Parallel
+from .step import DenoisingStep
+
+
+def learns_text(trainables: Sequence[LoraTrainable]) -> bool:
+    """Whether prompts mean something else after each step."""
+    return any("text" in trainable.touches for trainable in trainables)
+
+
+def make_gradients(groups: Sequence[ParamGroup], cfg: RunConfig, parallel: Parallel) -> Gradients:
+    """The buffer of all gradients, with room for what is to be known of each micro-batch."""
+    largest = max(data.batch_size for data in cfg.data.values())
+    return Gradients(groups, parallel.device, parallel.world, len(cfg.data) * cfg.train.gradient_accumulation_steps, largest)
+
+
+def make_step(base: BaseModel, cfg: RunConfig, data: TrainData, frozen: bool, device: torch.device, dtype: torch.dtype) -> tuple[DenoisingStep, FrozenText | None]:
+    """The step, and the hook that encodes an epoch's prompts ahead where the text encoder is frozen."""
+    encode, loss = Encoder(base.models, cfg.model.tokenizer_repeats, cfg.model.clip_skip), cfg.train.loss
+    text = FrozenText(encode, data.epoch_prompts, device) if frozen else None
+    step = DenoisingStep(base.models, base.objective(cfg.train), make_loss(loss.type, loss.delta), text or encode, device, dtype, cfg.train.noise_offset, loss.min_snr_gamma)
+    return step, text
+
+
+def make_optimizer(groups: Sequence[ParamGroup], cfg: RunConfig, world: int, allow: Sequence[str]) -> torch.optim.Optimizer:
+    """The optimizer that `train.optimizer` names, ready to train."""
+    scale = 1.0
+    if cfg.train.scale_lr:
+        scale = next(iter(cfg.data.values())).batch_size * world * cfg.train.gradient_accumulation_steps
+    optimizer = build(cfg.train.optimizer, "optimizer", "train.optimizer", allow, params=optimizer_groups(groups, scale))
+    for group, own in zip(optimizer.param_groups, groups):
+        group["initial_lr"] = own.lr * scale  # some optimizers overwrite it
+    if callable(getattr(optimizer, "train", None)):
+        optimizer.train()  # schedule-free ones are made in neither mode
+    return optimizer
+
+
+def make_lr_factor(train: TrainConfig, total_steps: int, allow: Sequence[str]) -> Callable[[int], float]:
+    """Factor on every group's rate by the step."""
+    spec = train.lr_scheduler
+    if spec is None:
+        return lr_factor(train.scheduler, total_steps)
+    return simulated_factor(lambda optimizer: build(spec, "lr_scheduler", "train.lr_scheduler", allow, optimizer=optimizer), total_steps)

@@ -1,0 +1,85 @@
+"""Preview pictures: each process draws its share of the prompts with the weights as they are, rank 0 writes them."""
+
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+
+from ..config.schema import RunConfig
+from ..errors import HCPError
+from ..families.base import Models
+from ..loggers import Logger
+from .hooks import Periodic
+from .optim import weights_for_use
+from .parallel import Parallel
+from .signals import StopRequest
+from .trainer import Trainer
+
+
+def check_previews(models: Models, cfg: RunConfig) -> None:
+    """ConfigError for prompts and sizes that cannot be drawn."""
+    if cfg.preview.prompts:
+        from ..vis.preview import check_preview
+
+        check_preview(models, cfg.preview)
+
+
+class Drawing:
+    """Draws this process's share. `size`: (width, height) where the config names none. `frozen`: whether the text encoder stays as it is, and says the same of a
+    prompt every time. A signal that asks to stop ends it with an HCPError."""
+
+    def __init__(self, models: Models, cfg: RunConfig, size: tuple[int, int], frozen: bool, parallel: Parallel, stop: StopRequest):
+        self.models, self.cfg, self.size, self.frozen = models, cfg, size, frozen
+        self.share, self.stop, self.prompts = (parallel.rank, parallel.world), stop, None
+
+    def __call__(self) -> list:
+        from ..vis.preview import draw_previews, encode_preview_prompts
+
+        preview, clip_skip = self.cfg.preview, self.cfg.model.clip_skip
+        prompts = self.prompts or encode_preview_prompts(self.models, preview, clip_skip)
+        self.prompts = prompts if self.frozen else None
+        return draw_previews(self.models, self.models.family, preview, width=self.size[0], height=self.size[1], prompts=prompts, clip_skip=clip_skip,
+                             share=self.share, between=self._give_up_on_a_signal)
+
+    def _give_up_on_a_signal(self) -> None:
+        if self.stop.signal:
+            raise HCPError("a signal asks to stop")
+
+
+class PreviewHook(Periodic):
+    """Draws the preview prompts every `every` steps and at the end, into previews/ and the loggers. Each process draws its share, rank 0 writes."""
+
+    def __init__(self, draw: Callable[[], list], run: Path, every: int, logger: Logger, parallel: Parallel):
+        super().__init__(every)
+        self.draw, self.run, self.logger, self.parallel = draw, run, logger, parallel
+
+    def act(self, trainer: Trainer) -> None:
+        """Draws with the weights as they are."""
+        step, drawn, fault = trainer.state.step, [], ""
+        try:
+            with weights_for_use(trainer.optimizer):
+                drawn = self.draw()
+        except (HCPError, OSError, torch.OutOfMemoryError) as error:  # a picture is no reason to lose a run
+            fault = str(error)
+        parts = self.parallel.gather((drawn, fault))
+        if not self.parallel.main:
+            return
+        fault = next((fault for _, fault in parts if fault), "")
+        images = [image for row in zip_longest(*(drawn for drawn, _ in parts)) for image in row if image is not None]
+        fault = fault or self._write(step, images)
+        if fault:
+            self.logger.say(f"warning: the preview of step {step} could not be drawn: {fault}")
+        else:
+            self.logger.images(step, "preview", images)
+
+    def _write(self, step: int, images: Sequence) -> str:
+        """Writes the pictures; what went wrong, or nothing."""
+        try:
+            folder = self.run / "previews"
+            folder.mkdir(exist_ok=True)
+            for index, image in enumerate(images):
+                image.save(folder / f"{step}-{index}.png")
+        except OSError as error:
+            return str(error)
+        return ""
