@@ -8,14 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from hcpdiff import train_ac
 from hcpdiff.config.load import load
 from hcpdiff.config.schema import RunConfig
 from hcpdiff.errors import Interrupted
 from hcpdiff.families.sd import StableDiffusion
+from hcpdiff.train import launcher
 from hcpdiff.train.lock import is_held
 from hcpdiff.train.parallel import Parallel
 from hcpdiff.train.run import Run
@@ -103,6 +106,16 @@ def test_the_death_of_accelerate_saves_the_run_and_a_second_one_was_refused(plac
             os.kill(json.loads(holder)["pid"], signal.SIGKILL)
         launcher.kill()
         launcher.wait()
+
+
+@pytest.mark.parametrize("policy,looks", [("stop", 1), ("continue", 0)])
+def test_only_a_run_that_may_not_outlive_its_launcher_looks_for_it(place, monkeypatch, policy, looks):
+    monkeypatch.chdir(place)
+    seen = []
+    for target, name, new in ((launcher, "launcher_command", lambda: ["accelerate", "launch"]), (train_ac, "run", lambda *run: seen.append(len(run[3].looks)) or 0),
+                              (sys, "stdout", sys.stdout), (sys, "stderr", sys.stderr)):
+        monkeypatch.setattr(target, name, new)
+    assert train_ac.train(SimpleNamespace(cfg="cfg.yaml", overrides=[f"train.on_orphan={policy}"], allow_target=[]), None) == 0 and seen == [looks]
 
 
 def in_this_process(place, monkeypatch, *words):

@@ -11,8 +11,9 @@ from tiny import make_tiny_sd
 
 from hcpdiff.config.load import load
 from hcpdiff.config.schema import RunConfig
-from hcpdiff.errors import CheckpointError
+from hcpdiff.errors import CheckpointError, ConfigError
 from hcpdiff.train.compare import compare, flat
+from hcpdiff.train.report import versions
 
 CONFIG = """
 train: {{train_steps: 3, cpu_threads: 1, log_step: 1, save_step: 1, optimizer: {{_target_: torch.optim.SGD}}}}
@@ -121,6 +122,20 @@ def test_a_forced_run_finds_a_place_in_data_sets_that_came(place):
 
 def described(config: dict, **extra) -> dict:
     return {"marks": {"unet": "a"}, "data": {}, "world": 2, "accumulation": 3, "alphas": {}, "versions": {"torch": "2.13", "numpy": "2"}, "device": "cpu", "config": config, **extra}
+
+
+def test_a_folder_that_is_no_run_is_told_so_and_left_as_it_is(place):
+    (place / "images" / "states" / "3").mkdir(parents=True)
+    before = sorted(place.rglob("*"))
+    for name in ("images", "images/states/3"):
+        with pytest.raises(ConfigError, match="train.resume = 'images' holds no training state"):
+            run("cfg.yaml", f"train.resume={name}")
+    assert sorted(place.rglob("*")) == before
+
+
+def test_versions_are_those_of_all_that_draws_decodes_and_learns():
+    assert {"hcpdiff", "python", "torch", "diffusers", "transformers", "safetensors", "numpy", "pillow"} <= versions("torch.optim.AdamW").keys()
+    assert versions("schedulefree.AdamWScheduleFree")["schedulefree"] and "torch.optim" not in versions("torch.optim.AdamW") and versions("no_such_package.X").keys() == versions().keys()
 
 
 def test_processes_and_accumulation_count_by_their_product():

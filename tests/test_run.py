@@ -1,7 +1,11 @@
 """Config keys of a training run and what they do, in one process on a tiny model."""
 
+import errno
 import math
+import multiprocessing
+import os
 import re
+import signal
 from functools import partial
 
 import pytest
@@ -16,7 +20,7 @@ from hcpdiff.config.schema import RunConfig
 from hcpdiff.errors import ConfigError, HCPError, NonFiniteError
 from hcpdiff.train.parallel import Parallel
 from hcpdiff.train.run import Run
-from hcpdiff.train.trainer import Trainer
+from hcpdiff.train.trainer import Hook, Trainer
 
 CONFIG = """
 train: {{train_steps: 2, cpu_threads: 1, log_step: 1, optimizer: {{_target_: torch.optim.SGD}}}}
@@ -114,6 +118,29 @@ def test_the_noise_scheduler_is_reported_and_checked(train):
     assert "predicts v_prediction" in train("model.noise_scheduler={_target_: diffusers.DDPMScheduler, prediction_type: v_prediction}")[1]
     with pytest.raises(ConfigError, match="another kind of model"):
         train("model.noise_scheduler={_target_: diffusers.FlowMatchEulerDiscreteScheduler}")
+
+
+def test_a_file_system_without_locks_is_told_of(train, monkeypatch):
+    def no_locks(handle):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("hcpdiff.train.lock._take", no_locks)
+    run, log, _ = train()
+    assert f"note: the file system of {run.folder} has no locks (No locks available): nothing keeps a second run out of the folder." in log
+
+
+def test_a_loader_process_that_is_killed_is_named_and_no_bug_of_ours(train, monkeypatch):
+    """As the system does it when the main memory is full."""
+    class Killer(Hook):
+        def on_step_end(self, trainer):
+            if trainer.state.step == 1:
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    hooks = Run._hooks
+    monkeypatch.setattr(Run, "_hooks", lambda self: [*hooks(self), Killer()])
+    with pytest.raises(HCPError, match="a process that loads images has ended: .*train.workers") as caught:
+        train("train.train_steps=500", "train.workers=1", "data.one.cache_latents=none")
+    assert caught.value.exit_code == 2
 
 
 def test_attention_kernels_agree(train):

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import subprocess
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,7 @@ from hcpdiff.loggers import Logger, LoggerGroup
 from hcpdiff.train.hooks import LogHook
 from hcpdiff.train.save import SaveHook, SavePolicy
 from hcpdiff.train.signals import StopRequest
-from hcpdiff.train.state import restore
+from hcpdiff.train.state import restore, training_state
 
 
 class Lines(Logger):
@@ -239,6 +240,78 @@ def test_a_true_limit_of_the_system_is_met_with_a_name_and_whole_files(tmp_path,
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert {path: digest(path) for path in before} == before and load_state(tmp_path)["step"] == 2 and not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the rights are given up in a fork of this process")
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_folder_that_cannot_even_be_looked_at_any_more_is_a_failed_save(tmp_path, policy):
+    """As after a chmod, or on a network disk whose server has gone: asking what is there fails too."""
+    run = tmp_path / "run"
+    train(run, steps=2)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            trainer, lines, _ = saver(run, steps=6, on_save_error=policy)
+            trainer.state.step = 2
+            tmp_path.chmod(0)
+            if os.geteuid() == 0:
+                os.seteuid(65534)
+            try:
+                trainer.fit(StopRequest())
+            except CheckpointError as error:
+                step = 4 if policy == "stop" else 6
+                named = f"step {step} could not be saved: {run}" in str(error) and "Permission denied" in str(error) and "cannot be looked at" in str(error)
+                code = 0 if named and len([line for line in lines if "warning" in line]) == (policy == "continue") * 2 else 2
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    tmp_path.chmod(0o700)
+    assert code == 0 and load_state(run)["step"] == 2
+
+
+def test_a_state_that_cannot_be_put_in_the_place_of_another_leaves_that_one(tmp_path, monkeypatch):
+    save_state(tmp_path, 3, {"step": 3, "first": True}, keep=1)
+    real = os.replace
+
+    def refuse(source, target):
+        if str(source).endswith(".new.tmp"):
+            raise OSError(errno.EIO, "Input/output error")
+        real(source, target)
+
+    monkeypatch.setattr("hcpdiff.checkpoint.resume.os.replace", refuse)
+    with pytest.raises(CheckpointError, match="states/3 cannot be written: Input/output error"):
+        save_state(tmp_path, 3, {"step": 3}, keep=1)
+    assert load_state(tmp_path) == {"step": 3, "first": True} and [path.name for path in (tmp_path / "states").iterdir()] == ["3"]
+
+
+def test_a_save_that_failed_does_not_count_among_the_newest_that_are_kept(tmp_path, monkeypatch):
+    trainer, _, _ = saver(tmp_path, steps=6, on_save_error="continue", keep_last=2, keep_states=1)
+    on = break_at(monkeypatch, errno.ENOSPC, "unet-4")
+    trainer.fit(StopRequest())
+    assert on and weights(tmp_path) == ["unet-2.safetensors", "unet-6.safetensors"]
+
+
+@pytest.mark.parametrize("before,now", [({"momentum": 0.9, "weight_decay": 0.5}, {}), ({}, {"weight_decay": 0.5}), ({"nesterov": True, "momentum": 0.9}, {"momentum": 0.5})])
+def test_the_optimizers_arguments_are_those_of_the_config_that_goes_on(before, now):
+    """Also one that stands there no more: then it is what the optimizer takes by itself."""
+    trainers = [toy(make=partial(torch.optim.SGD, **arguments)) for arguments in (before, now)]
+    (first, weight), (second, other) = trainers
+    first.fit(StopRequest())
+    asked = {key: value for key, value in second.optimizer.param_groups[0].items() if key != "params"}
+    restore(second, [ToyTrainable(other)], training_state(first, [ToyTrainable(weight)]), Place)
+    assert {key: value for key, value in second.optimizer.param_groups[0].items() if key != "params"} == asked
+
+
+def test_what_an_optimizer_has_learnt_is_no_argument():
+    from prodigyopt import Prodigy
+
+    (first, weight), (second, other) = toy(make=partial(Prodigy, d0=1e-3)), toy(make=partial(Prodigy, d0=1e-3, weight_decay=0.1))
+    first.fit(StopRequest())
+    state = training_state(first, [ToyTrainable(weight)])
+    restore(second, [ToyTrainable(other)], state, Place)
+    group, saved = second.optimizer.param_groups[0], first.optimizer.param_groups[0]
+    assert group["weight_decay"] == 0.1 and (group["d"], group["k"]) == (saved["d"], saved["k"]) and saved["k"] == 6
 
 
 def test_a_run_that_may_goes_on_and_saves_again_when_it_can(tmp_path, monkeypatch):

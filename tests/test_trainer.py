@@ -1,6 +1,7 @@
 """The loop on a toy problem: accumulation, skipped steps, states that restore, the run folder."""
 
 import math
+import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from torch import nn
 from hcpdiff.checkpoint.resume import find_run, load_state, save_state, states
 from hcpdiff.errors import CheckpointError, ConfigError
 from hcpdiff.train import signals
-from hcpdiff.train.folder import claim
+from hcpdiff.train.folder import check, claim
 from hcpdiff.train.optim import Gradients, optimizer_groups, weights_for_use
 from hcpdiff.train.signals import StopRequest
 from hcpdiff.train.trainer import Hook, Trainer
@@ -131,6 +132,20 @@ def test_latest_is_the_newest_resumable_run(tmp_path):
         save_state(tmp_path / name, 3, {"step": 3}, keep=1)
     assert find_run("latest", tmp_path) == (tmp_path / "a", None)
     assert find_run(str(tmp_path / "b" / "states" / "3")) == (tmp_path / "b", 3)
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="rights are given up as POSIX does it")
+def test_a_run_folder_below_one_of_somebody_else_is_a_mistake_and_no_bug(tmp_path):
+    user = os.geteuid()
+    tmp_path.chmod(0)
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        with pytest.raises(ConfigError, match="exp_dir = .* cannot be looked at: Permission denied"):
+            check(str(tmp_path / "theirs" / "run"), automatic=False)
+    finally:
+        os.seteuid(user)
+        tmp_path.chmod(0o700)
 
 
 def test_a_chosen_folder_must_be_new_and_an_automatic_one_gets_a_suffix(tmp_path):

@@ -56,6 +56,19 @@ OPTIMIZERS = {
 }
 
 
+def test_numbers_are_read_also_from_a_device_that_numpy_does_not_see():
+    """Apple's: neither a CPU nor one that works ahead."""
+    trainer = make()
+    trainer.fit(StopRequest())
+    numbers = trainer.watch.buffer
+
+    def refuse():
+        raise TypeError("can't convert mps:0 device type tensor to numpy")
+
+    trainer.watch.buffer = SimpleNamespace(cpu=lambda: numbers, numpy=refuse)
+    assert trainer.watch.read().loss == float(numbers[-6])
+
+
 class Spoiled(torch.autograd.Function):
     """The identity, with a gradient that is not finite where it is told to be."""
 

@@ -47,7 +47,7 @@ def write_atomic(path: Path | str, write: Callable[[BinaryIO], None], check: Cal
     CheckpointError names the file when it cannot be written; whatever `write` or `check` raise passes through. No temporary file is left.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir this answers where nobody may look, too
         raise CheckpointError(f"{path} cannot be written: it is a folder.")
     temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
@@ -69,7 +69,7 @@ def write_atomic(path: Path | str, write: Callable[[BinaryIO], None], check: Cal
 
 
 def _why(path: Path, error: OSError) -> str:
-    blocking = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
+    blocking = next((parent for parent in path.parents if os.path.exists(parent) and not os.path.isdir(parent)), None)
     return f"{blocking} is a file, not a folder" if blocking else (error.strerror or str(error))
 
 

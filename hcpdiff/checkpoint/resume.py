@@ -7,6 +7,7 @@ Only states with their SHA256SUMS count, and only one whose files have the check
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,9 +38,7 @@ def save_state(run: Path, step: int, tree: dict[str, Any], keep: int, weights: M
         digest = save_tensors(making / _TENSORS, tensors, {"format": str(FORMAT), "step": str(step)})
         own = {_TENSORS: digest, _JSON: write_atomic(making / _JSON, lambda file: file.write(text.encode("utf-8")))}
         sums.write_sums(making, {**{f"../../{name}": sha for name, sha in (weights or {}).items()}, **own})
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(making, folder)
+        _put(making, folder, old)
         sync_folder(folder.parent)
     except CheckpointError as error:  # it names the temporary folder, which is no more
         raise CheckpointError([fault.replace(making.name, str(step)) for fault in error.faults]) from error
@@ -53,6 +52,19 @@ def save_state(run: Path, step: int, tree: dict[str, Any], keep: int, weights: M
     return folder
 
 
+def _put(new: Path, folder: Path, old: Path) -> None:
+    """Renames `new` to `folder`; what is there goes to `old`, and comes back if the renaming fails."""
+    there = folder.exists()
+    if there:
+        os.replace(folder, old)
+    try:
+        os.replace(new, folder)
+    except OSError:
+        if there:
+            os.replace(old, folder)
+        raise
+
+
 def _drop(folder: Path) -> None:
     """Deletes a state: first its name, since half a state must not look like one. One that cannot go is no fault of the save: the next save tries again."""
     going = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
@@ -62,10 +74,15 @@ def _drop(folder: Path) -> None:
 
 
 def states(run: Path) -> list[int]:
-    """Steps of which a state is there, oldest first."""
+    """Steps of which a state is there, oldest first. CheckpointError where nobody can look."""
     folder = run / STATES
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdigit() and (folder / name / sums.NAME).is_file())
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be looked at: {error.strerror or error}.") from error
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit() and os.path.isfile(folder / name / sums.NAME))
 
 
 def load_state(run: Path, step: int | None = None, say: Callable[[str], Any] = lambda line: None) -> dict[str, Any]:
@@ -73,9 +90,7 @@ def load_state(run: Path, step: int | None = None, say: Callable[[str], Any] = l
 
     What is passed over is told to `say`. A damaged state that was asked for by its step is a CheckpointError.
     """
-    steps = states(run)
-    if not steps:
-        raise ConfigError(f"train.resume = {str(run)!r} holds no training state (states/<step>/). It was never saved, or this is no run folder.")
+    steps = _some_states(run)
     if step is not None:
         return _asked_for(run, step, steps)
     damage: list[str] = []
@@ -89,6 +104,13 @@ def load_state(run: Path, step: int | None = None, say: Callable[[str], Any] = l
             say(f"warning: {line} The run goes on from the state before: {run / STATES / str(number)}")
         return tree
     raise CheckpointError([*damage, f"train.resume = {str(run)!r}: none of its {len(steps)} states is whole. A new run can start from its weights: model.init_lora={run}/ckpts/..."])
+
+
+def _some_states(run: Path) -> list[int]:
+    steps = states(run)
+    if not steps:
+        raise ConfigError(f"train.resume = {str(run)!r} holds no training state (states/<step>/). It was never saved, or this is no run folder.")
+    return steps
 
 
 def _asked_for(run: Path, step: int, steps: list[int]) -> dict[str, Any]:
@@ -111,13 +133,19 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def find_run(resume: str, root: Path = Path("exps")) -> tuple[Path, int | None]:
-    """The run folder that `train.resume` names, and the step where it names one state in it; 'latest' is the run below `root` with the newest state."""
+    """The run folder that `train.resume` names, and the step where it names one state in it; 'latest' is the run below `root` with the newest state.
+
+    ConfigError where that is no run folder: then nothing has been written into it, not even a lock.
+    """
     if resume != "latest":
         path = Path(resume)
-        if path.name.isdigit() and path.parent.name == STATES:
-            return path.parent.parent, int(path.name)
+        if re.fullmatch("[0-9]+", path.name) and path.parent.name == STATES:
+            run, step = path.parent.parent, int(path.name)
+            _some_states(run)
+            return run, step
         if not path.is_dir():
             raise ConfigError(f"train.resume = {resume!r}: there is no such folder. It takes a run folder, one of its states (<run folder>/states/<step>), or latest.")
+        _some_states(path)
         return path, None
     runs = [path for path in root.iterdir() if path.is_dir() and states(path)] if root.is_dir() else []
     if not runs:

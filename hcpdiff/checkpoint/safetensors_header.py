@@ -52,7 +52,7 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
     """The error for a file that cannot be opened or read; a missing one is told with its neighbours."""
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return CheckpointError(missing(path))
-    if path.is_dir():
+    if os.path.isdir(path):
         return CheckpointError(f"{path} is a folder; a .safetensors file is wanted.")
     return CheckpointError(f"{path} cannot be read: {error.strerror or error}.")
 

@@ -11,7 +11,13 @@ from .lock import RunLock
 
 def check(exp_dir: str, automatic: bool) -> None:
     """ConfigError if `claim` would refuse, found before anything that takes time."""
-    folder = Path(exp_dir)
+    try:
+        _check(Path(exp_dir), exp_dir, automatic)
+    except OSError as error:
+        raise ConfigError(f"exp_dir = {exp_dir!r} cannot be looked at: {error.strerror or error}.") from error
+
+
+def _check(folder: Path, exp_dir: str, automatic: bool) -> None:
     if not automatic and folder.is_dir():
         if lock.is_held(folder):
             raise ConfigError(f"exp_dir = {exp_dir!r}: {lock.busy(folder)}")

@@ -72,7 +72,7 @@ class Peers:
             return
         if self._failed():
             self.ended = True
-            _, code = self.store.get(f"{self.key}/failed").decode().split()
+            _, code = self._ask(lambda: self.store.get(f"{self.key}/failed").decode(), "? 4").split()
             stop.leave(int(code))
         elif time.monotonic() - self.beat > BEAT:
             self.beat = time.monotonic()

@@ -1,5 +1,6 @@
 """The start of a run in tables: versions and machine, what is trained, how long."""
 
+import contextlib
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
@@ -14,12 +15,15 @@ from ..loggers import Logger
 from .base import BaseModel
 from .parallel import Parallel
 
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
 
 
-def versions() -> dict[str, str]:
-    """Version of hcpdiff, Python and the packages whose change may change a run."""
-    return {"hcpdiff": __version__, "python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+def versions(optimizer: str = "torch") -> dict[str, str]:
+    """Version of hcpdiff, Python and the packages whose change may change a run; `optimizer` is its `_target_`."""
+    found = {"hcpdiff": __version__, "python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a package may have another name than what it is imported by
+        found.setdefault(optimizer.split(".")[0], importlib.metadata.version(optimizer.split(".")[0]))
+    return found
 
 
 def run_facts(cfg: RunConfig, base: BaseModel, parallel: Parallel, precision: str, length: str) -> dict[str, object]:
@@ -27,7 +31,7 @@ def run_facts(cfg: RunConfig, base: BaseModel, parallel: Parallel, precision: st
     train, world = cfg.train, parallel.world
     batch = sum(data.batch_size for data in cfg.data.values())
     return {
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions(train.optimizer["_target_"]).items()),
         "device": f"{machine.describe(parallel.device)}; {world} process{'es' if world > 1 else ''}",
         "precision": precision, "base model": f"{base.models.name} ({base.family.base_version(base.models)}, predicts {base.prediction})", "seed": cfg.seed,
         "images per step": f"{batch * world * train.gradient_accumulation_steps} (batch {batch}, processes {world}, accumulation {train.gradient_accumulation_steps})",

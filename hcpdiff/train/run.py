@@ -75,6 +75,11 @@ class Run:
         except torch.OutOfMemoryError as error:
             raise HCPError(f"out of memory while {self.phase}. Other programs on the device, data.<dataset>.batch_size, bucket.target_area and "
                            f"model.gradient_checkpointing decide how much is needed.") from error
+        except RuntimeError as error:
+            lost = worker_lost(error)
+            if lost is None:
+                raise
+            raise lost from error
         except Interrupted as error:
             error.args = (f"{error.args[0]} while {self.phase}. {self.place.how_to_go_on()}",)
             raise
@@ -239,8 +244,16 @@ class Run:
     def described(self) -> dict:
         """What `compare` needs to know of this run; of the data as it was at the start, not as it is when a state is saved."""
         alphas = {f"{t.component.name}.{path}": lora.alpha for t in self.trainables for path, lora in t.adapters.items()}
-        return {"versions": report.versions(), "device": machine.describe(self.device), "world": self.parallel.world, "accumulation": self.accumulation,
+        return {"versions": report.versions(self.cfg.train.optimizer["_target_"]), "device": machine.describe(self.device), "world": self.parallel.world, "accumulation": self.accumulation,
                 "marks": self.base.marks, "alphas": alphas, "data": data_fingerprint(self.data.datasets), "config": self.loaded.plain}
+
+
+def worker_lost(error: RuntimeError) -> HCPError | None:
+    """What to say when torch tells that a loader process has ended, which it may do anywhere (its handler of SIGCHLD raises)."""
+    if not str(error).startswith("DataLoader worker"):
+        return None
+    return HCPError(f"a process that loads images has ended: {str(error).strip()} Was it killed because the main memory was full? Lower train.workers, or set cache_latents, "
+                    f"which needs none. What was saved is whole.")
 
 
 def collect(faults: list[str], check: Callable[[], object]) -> None:

@@ -63,6 +63,7 @@ class SaveHook(Periodic):
             paths = self._save(trainer)
         except CheckpointError as error:
             self.last = None  # not done: the end tries it again
+            self.written = {step: files for step, files in self.written.items() if files}
             fault = f"step {trainer.state.step} could not be saved: {' '.join(error.faults)}"
             if self.ending or self.policy.on_save_error == "stop":
                 raise CheckpointError(f"{fault} {self._what_is_there()}") from error
@@ -73,7 +74,10 @@ class SaveHook(Periodic):
             self.log.logger.say(line)
 
     def _what_is_there(self) -> str:
-        there = states(self.run)
+        try:
+            there = states(self.run)
+        except CheckpointError as error:
+            return f"What was saved before was not touched. {error}"
         return f"What was saved before is whole; the newest state is {self.run / 'states' / str(there[-1])}." if there else "Nothing was saved before."
 
     def _save(self, trainer: Trainer) -> list[Path]:

@@ -1,5 +1,6 @@
 """What a resumed run needs of a trainer, as plain data, and the way back."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,8 @@ def layout(trainables: Sequence) -> list[list[str]]:
 def restore(trainer: Trainer, trainables: Sequence, state: Mapping[str, Any], position: Callable, options: frozenset[str] = frozenset()) -> None:
     """Puts a trainer where `training_state` was taken; CheckpointError if it does not fit (`misfits`), and nothing is loaded half.
 
-    `options` are the optimizer's arguments that the config of this run sets: they hold, as the lr does.
+    The optimizer's arguments are those of this run, as the lr is, also where the config does not set them (any more): what its class takes by name, and
+    `options`, for a class that does not say what it takes. What else its groups hold has been learnt, and is the state's.
     """
     faults = misfits(trainables, state)
     if faults:
@@ -49,7 +51,7 @@ def restore(trainer: Trainer, trainables: Sequence, state: Mapping[str, Any], po
 
 def _own_options(optimizer_state: dict, trainer: Trainer, options: frozenset[str]) -> dict:
     """The saved optimizer state under this run's own settings: a resumed run may have been given another lr or weight decay."""
-    kept = {"initial_lr", "lr", "name", *options}
+    kept = {"initial_lr", "lr", "name", *options, *inspect.signature(type(trainer.optimizer)).parameters} - {"params"}
     groups = [{**saved, **{key: own[key] for key in kept if key in own}} for saved, own in zip(optimizer_state["param_groups"], trainer.optimizer.param_groups)]
     return {**optimizer_state, "param_groups": groups}
 

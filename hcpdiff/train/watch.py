@@ -104,7 +104,7 @@ class Watch:
         """The reported numbers; waits until the device has come to them."""
         if self.event is not None:
             self.event.synchronize()
-        numbers = self.buffer.numpy()
+        numbers = self.buffer.cpu().numpy()
         loss, stop, norm, bad, value, clean = numbers[-6:].tolist()
         return Seen(loss, norm, bad != 0, stop != 0, (value, int(clean)), numbers[:-6].reshape(self.gradients.slots.shape).tolist())
 
