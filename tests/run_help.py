@@ -82,7 +82,7 @@ def run(config: str, *overrides: str, stop: int | None = None, crash: bool = Fal
     return one, (one.folder / "train.log").read_text(encoding="utf-8")
 
 
-def images(folder: Path, count: int = 5, sizes=((64, 64), (96, 64))) -> None:
+def images(folder: Path, count: int = 5, sizes=((72, 64), (96, 64))) -> None:
     """Noise pictures with captions of four tags."""
     folder.mkdir(parents=True)
     for i in range(count):

@@ -19,7 +19,7 @@ data:
   one:
     batch_size: 2
     source: {{a: {{img_root: images, caption_file: images, word_names: {{pt1: thing}}}}}}
-    bucket: {{target_area: 4096, step_size: 32, num_bucket: 2, crop: random, crop_variants: 2}}
+    bucket: {{sizes: [[64, 64], [96, 64]], crop: random, crop_variants: 2}}
 """
 SOURCE = "data.one.source.a."
 UNET = "lora_unet=[{{lr: 1e-2, rank: 2, layers: ['re:.*attn2\\.to_[kv]$'], dropout: {dropout}}}]"
