@@ -22,9 +22,10 @@ from hcpdiff.train.trainer import Hook
 
 
 class StopAfter(Hook):
-    """Asks the run to stop as a SIGTERM does, or raises (`crash`), after a step. A stop is asked for before the step, and comes after it."""
+    """Asks the run to stop as a SIGTERM does, or raises (`crash`; 'inside': in the second micro-batch of the step that follows), after a step. A stop is asked
+    for before the step, and comes after it."""
 
-    def __init__(self, step: int, crash: bool, stop: StopRequest):
+    def __init__(self, step: int, crash: bool | str, stop: StopRequest):
         self.step, self.crash, self.stop = step, crash, stop
 
     def on_epoch_begin(self, trainer, epoch: int) -> None:
@@ -32,8 +33,20 @@ class StopAfter(Hook):
 
     def on_step_end(self, trainer) -> None:
         if self.crash and trainer.state.step == self.step:
-            raise Crash
+            if self.crash != "inside":
+                raise Crash
+            trainer.loss = self._one_more(trainer.loss)
         self._ask(trainer.state.step)
+
+    def _one_more(self, loss: Callable) -> Callable:
+        left = [loss]
+
+        def once(batch):
+            if not left:
+                raise Crash
+            return left.pop()(batch)
+
+        return once
 
     def _ask(self, done: int) -> None:
         if not self.crash and done == self.step - 1:
@@ -59,7 +72,7 @@ def _load(load: Callable[..., Models], *args) -> Models:
 class Stoppable(Run):
     """A run that stops itself after a step."""
 
-    def __init__(self, config: str, overrides: list[str], step: int | None, crash: bool):
+    def __init__(self, config: str, overrides: list[str], step: int | None, crash: bool | str):
         super().__init__(load(config, overrides, RunConfig), Parallel())
         self.stopper = [StopAfter(step, crash, self.stop)] if step else []
 
@@ -71,7 +84,7 @@ class Stoppable(Run):
         return [*super()._hooks(), *self.stopper]
 
 
-def run(config: str, *overrides: str, stop: int | None = None, crash: bool = False) -> tuple[Run, str]:
+def run(config: str, *overrides: str, stop: int | None = None, crash: bool | str = False) -> tuple[Run, str]:
     """(the run, its whole log) of a run in this process; `stop`: the step after which it stops (and saves) or, with `crash`, dies."""
     one = Stoppable(config, list(overrides), stop, crash)
     try:

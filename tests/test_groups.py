@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,19 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hcpdiff.train.parallel import WAIT
+from hcpdiff.train.peers import Peers
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks a process that has torch, and ties it to its parent")
+
+
+def test_a_store_that_ends_between_two_questions_ends_the_process_and_no_thread():
+    def gone(key):
+        raise RuntimeError("Connection reset by peer")
+
+    peers, left = Peers.__new__(Peers), []
+    peers.ended, peers.store_gone, peers.key, peers.store = False, False, "run", SimpleNamespace(check=lambda keys: True, get=gone)
+    peers.look(SimpleNamespace(leave=left.append))
+    assert left == [4] and peers.ended
 
 
 class Ended:

@@ -80,7 +80,7 @@ def place(tmp_path_factory, tiny_sd1):
     return folder
 
 
-def stopped(arguments: list[str], stops, *more: str, crash: bool = False):
+def stopped(arguments: list[str], stops, *more: str, crash: bool | str = False):
     """The folder of a run that was stopped after each of `stops` and then went on to the end; `crash`: that died there instead, after its last save."""
     parts, _ = run("cfg.yaml", "exp_dir=parts", *arguments, stop=stops[0], crash=crash)
     for stop in (*stops[1:], None):
@@ -89,7 +89,7 @@ def stopped(arguments: list[str], stops, *more: str, crash: bool = False):
     return parts.folder
 
 
-def compare(place, monkeypatch, arguments: list[str], stops, *more: str, crash: bool = False) -> None:
+def compare(place, monkeypatch, arguments: list[str], stops, *more: str, crash: bool | str = False) -> None:
     monkeypatch.chdir(place)
     for name in ("whole", "parts", ".hcp-cache"):
         shutil.rmtree(name, ignore_errors=True)
@@ -112,6 +112,10 @@ def test_a_stopped_run_ends_in_the_same_bits(place, monkeypatch, number):
 def test_a_run_that_died_between_saves_ends_in_the_same_bits(place, monkeypatch):
     """What was logged beyond the state is logged again; TensorBoard shows it once."""
     compare(place, monkeypatch, [*overrides({**WORKERS, "accumulation": 1}), "train.save_step=2", "train.log_step=1"], (3, 5), crash=True)
+
+
+def test_a_run_that_died_inside_an_accumulation_does_it_again(place, monkeypatch):
+    compare(place, monkeypatch, [*overrides(WORKERS), "train.save_step=1", "train.log_step=1"], (2, 4), crash="inside")
 
 
 def test_loader_workers_and_a_resume_with_another_number_of_them_change_nothing(place, monkeypatch):
