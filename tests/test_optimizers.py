@@ -89,13 +89,13 @@ def test_groups_in_another_order_are_refused_since_optimizers_know_places_only()
         restore(trainer, [trainable], state, Place)
 
 
-def test_options_that_the_config_sets_hold_at_a_resume():
+def test_settings_of_the_run_that_goes_on_hold_and_what_was_learnt_is_the_states():
     trainer, trainable, _ = make("AdamW", 2)
     trainer.fit(StopRequest())
+    trainer.optimizer.param_groups[0]["unnamed"] = 1  # what the class does not take by name: learnt, unless the config sets it
     state = training_state(trainer, [trainable])
-    other, trainable, _ = make("AdamW", 4)
-    other.optimizer.param_groups[0]["weight_decay"] = 0.5
-    restore(other, [trainable], state, Place, frozenset({"weight_decay"}))
-    assert other.optimizer.param_groups[0]["weight_decay"] == 0.5
-    restore(other, [trainable], state, Place)
-    assert other.optimizer.param_groups[0]["weight_decay"] == 0.01
+    for options, unnamed in (((), 1), (("unnamed",), 2)):
+        other, trainable, _ = make("AdamW", 4)
+        other.optimizer.param_groups[0] |= {"weight_decay": 0.5, "unnamed": 2}
+        restore(other, [trainable], state, Place, frozenset(options))
+        assert (other.optimizer.param_groups[0]["weight_decay"], other.optimizer.param_groups[0]["unnamed"]) == (0.5, unnamed)
