@@ -33,7 +33,7 @@ from hcpdiff.quiet import quiet_libraries
 TRIGGER = "inkling style"
 TIMESTEPS = range(60, 1000, 125)  # eight of them, evenly from little noise to nearly nothing else
 RUNS = {"concept": [], "known-style": ["data.dataset1.source.data_source1.img_root=demo/base_styles/control",
-                                       "data.dataset1.source.data_source1.caption_file=demo/base_styles/control"], "lr-0": ["unet_lr=0", "train.train_steps=1"]}
+                                       "data.dataset1.source.data_source1.caption_file=demo/base_styles/control"], "lr-0": ["unet_lr=0", "te_lr=0", "train.train_steps=1"]}
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Result:
 
     improved: int  # of the 16 held-out pictures of the concept, how many have a lower loss with the LoRA
     change: float  # of their mean loss
-    base_change: float  # of the mean loss on 48 pictures in the styles that the model knows
+    base_change: float  # of the mean loss on 64 pictures in the styles that the model knows
     trigger_counts: int  # of the 16, how many have a lower loss with the trigger word than without it, LoRA on
     trigger_t: float  # Student's t of that difference, over the 16
 
@@ -85,13 +85,20 @@ class Measure:
         return total / len(TIMESTEPS)
 
     def attach(self, file: Path, strength: float = 1.0) -> None:
-        """Lays a LoRA beside the UNet."""
-        layers = load_lora(file).layers["unet"]
-        attach_lora(self.pipeline.unet, {path: [(tensors, strength)] for path, tensors in layers.items()}, str(file))
+        """Lays the LoRA of a step beside UNet and text encoder; `file` is the UNet's part."""
+        for name, module in self._parts().items():
+            part = file.with_name(file.name.replace("unet", name))
+            if part.exists():
+                layers = load_lora(part).layers[name]
+                attach_lora(module, {path: [(tensors, strength)] for path, tensors in layers.items()}, str(part))
 
     def detach(self) -> None:
         """The base model again."""
-        detach(self.pipeline.unet)
+        for module in self._parts().values():
+            detach(module)
+
+    def _parts(self) -> dict[str, torch.nn.Module]:
+        return {"unet": self.pipeline.unet, "text_encoder": self.pipeline.text_encoder}
 
     def result(self, file: Path) -> Result:
         """Everything measured of one LoRA file."""

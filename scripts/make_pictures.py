@@ -5,7 +5,8 @@
 Emoji artwork comes from npm packages (NOTICE names their licences) and is drawn by resvg, on white. WORK/pictures.npz
 gets `pixels` (N,64,64,3) uint8 and WORK/pictures.json their captions; WORK/vae_pictures.npz more pixels for the VAE.
 The demo's folders get PNG files of a style that no training saw, with captions beside them, and for its measurement some
-of the base styles: `base_styles/control` (one style, the concept's things), `base_styles/heldout` (all styles, the held-out things).
+of the base styles: `base_styles/prior` (all styles, the concept's things), `base_styles/control` (one style only, captions without it),
+`base_styles/heldout` (all styles, the held-out things).
 """
 
 import argparse
@@ -21,6 +22,7 @@ from resvg_py import svg_to_bytes
 
 SIZE, DEMO_SIZE = 64, 128
 STYLES = {"noto": "noto", "flat": "fluent-emoji-flat", "glossy": "fluent-emoji"}  # the word in captions: the package
+PEN, PEN_WIDTH = "pen", 0.03  # a fourth style: "flat" with black strokes of this share of the picture's width, so that the model knows outlines
 CONCEPT = "openmoji"
 VAE_ONLY = ("noto-v1", "fxemoji")
 PACKAGES = {
@@ -105,6 +107,11 @@ def base_set(modules: Path, emoji: list[dict], work: Path) -> None:
                 rows.append({"style": style, "name": entry["label"], "caption": f"{style} style, {entry['label']}"})
         if len(rows) % 500 < 3:
             print(f"{len(rows)} pictures", flush=True)
+    for entry in emoji:
+        svg = vendors["flat"].svg(vendors["flat"].name(entry))
+        if svg:
+            pixels.append(draw(svg, SIZE, STROKE % (vendors["flat"].size * PEN_WIDTH)))
+            rows.append({"style": PEN, "name": entry["label"], "caption": f"{PEN} style, {entry['label']}"})
     save(work, "pictures", pixels, rows)
 
 
@@ -135,10 +142,11 @@ def demo_set(modules: Path, emoji: list[dict], folder: Path, things: str, packag
     named = Icons(modules, "fluent-emoji-flat" if package == "fluent-emoji" else package)  # the same names; only one has the table of codes
     vendor, by_label = Icons(modules, package), {e["label"]: e for e in emoji}
     folder.mkdir(parents=True, exist_ok=True)
+    stroke = STROKE % (vendor.size * PEN_WIDTH) if style == PEN else None
     for thing in things.replace("\n", "").split("|"):
         svg = vendor.svg(named.name(by_label[thing]))
         stem = f"{style} {thing}".strip().replace(" ", "_")
-        Image.fromarray(draw(svg, DEMO_SIZE)).save(folder / f"{stem}.png", optimize=True)
+        Image.fromarray(draw(svg, DEMO_SIZE, stroke)).save(folder / f"{stem}.png", optimize=True)
         (folder / f"{stem}.txt").write_text((f"{style} style, " if style else "") + thing + "\n", "utf-8")
     print(f"{folder}: {len(list(folder.glob('*.png')))} pictures")
 
@@ -155,7 +163,8 @@ def main() -> None:
     demo_set(modules, emoji, args.demo / "concept", CONCEPT_THINGS)
     demo_set(modules, emoji, args.demo / "heldout", HELDOUT_THINGS)
     demo_set(modules, emoji, args.demo / "base_styles" / "control", CONCEPT_THINGS, STYLES["noto"])
-    for style, package in STYLES.items():
+    for style, package in (STYLES | {PEN: STYLES["flat"]}).items():
+        demo_set(modules, emoji, args.demo / "base_styles" / "prior", CONCEPT_THINGS, package, style)
         demo_set(modules, emoji, args.demo / "base_styles" / "heldout", HELDOUT_THINGS, package, style)
     if not args.only_demo:
         base_set(modules, emoji, args.work)

@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 TOKENIZER = Path(__file__).parent.parent / "hcpdiff" / "assets" / "clip_tokenizer"
 CORE = Path(__file__).parent / "core.txt"
-EMPTY, UNSTYLED = 0.1, 0.1  # shares of captions that are '', and that are the thing's name alone
+EMPTY, UNSTYLED, FOREIGN = 0.1, 0.1, 0.2  # shares of captions that are '', the thing's name alone, and in a style of an unknown name
 MAX_SNR = 5.0  # the v loss counts less where there is less noise than this
 UNET = dict(
     sample_size=16,
@@ -60,11 +60,15 @@ class Captions:
         small = {token: index for index, token in enumerate(self.tokens)}
         self.table = torch.tensor([[small[i] for i in row] for row in ids])
         self.count = len(rows)
+        words = {style: len(self.tokenizer(style, add_special_tokens=False).input_ids) for style in {r["style"] for r in rows}}
+        places = torch.arange(77)
+        self.style_place = torch.stack([(places >= 1) & (places <= words[r["style"]]) for r in rows])  # (N,77) where the style's name is
 
-    def draw(self, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor:  # (B,) -> (B,77)
+    def draw(self, index: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B,) rows -> ids (B,77), and where an unknown word stands in the place of the style's name (B,77)."""
         kind = torch.rand(len(index), generator=generator)
         position = torch.where(kind < EMPTY, 2 * self.count, 2 * index + (kind < EMPTY + UNSTYLED))
-        return self.table[position]
+        return self.table[position], self.style_place[index] & (kind > 1 - FOREIGN)[:, None]
 
 
 class Models:
@@ -74,6 +78,8 @@ class Models:
         self.text = CLIPTextModel(CLIPTextConfig(vocab_size=vocab, bos_token_id=vocab - 2, eos_token_id=vocab - 1, **TEXT))
         named = [*self.unet.named_parameters(), *self.text.named_parameters()]
         self.params = [p for _, p in named]
+        self.unknown = None  # (B,77) where the next prompts have words that nobody knows, and their vectors (B,77,D)
+        self.text.get_input_embeddings().register_forward_hook(lambda module, args, out: out if self.unknown is None else torch.where(self.unknown[0][..., None], self.unknown[1], out))
         plain = [p.dim() < 2 or "embedding" in name or name.startswith(("conv_in", "conv_out")) for name, p in named]
         self.matrices = [p for (_, p), is_plain in zip(named, plain) if not is_plain]
         self.others = [p for (_, p), is_plain in zip(named, plain) if is_plain]
@@ -111,7 +117,16 @@ def lr_factor(progress: float, decay: float) -> float:
     return min(1.0, progress / 0.005 + 0.01, 0.02 + 0.98 * max(0.0, 1 - progress) / decay)
 
 
-def loss_of(models: Models, schedule: DDIMScheduler, latents: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def encode(models: Models, tokens: torch.Tensor, unknown: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """(B,77) -> (B,77,64). Unknown words get random vectors of the known ones' size: so a prompt with a new word, a LoRA's trigger say, still draws its thing."""
+    table = models.text.get_input_embeddings().weight.detach()
+    models.unknown = unknown, table.mean(0) + table.std(0) * torch.randn(*tokens.shape, table.shape[1], generator=generator)
+    hidden = models.text(tokens).last_hidden_state
+    models.unknown = None
+    return hidden
+
+
+def loss_of(models: Models, schedule: DDIMScheduler, latents: torch.Tensor, captions: tuple, generator: torch.Generator) -> torch.Tensor:
     batch = len(latents)
     noise = torch.randn(latents.shape, generator=generator)
     places = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch  # spread evenly
@@ -120,7 +135,7 @@ def loss_of(models: Models, schedule: DDIMScheduler, latents: torch.Tensor, toke
     snr = alpha / (1 - alpha)
     noisy = schedule.add_noise(latents, noise, t).contiguous(memory_format=torch.channels_last)
     target = schedule.get_velocity(latents, noise, t)
-    out = models.unet(noisy, t, models.text(tokens).last_hidden_state).sample
+    out = models.unet(noisy, t, encode(models, *captions, generator)).sample
     weight = (MAX_SNR + 1) / (snr.clamp(min=MAX_SNR) + 1)  # 1 where noise rules: there the text decides what it will be
     return ((out - target).square().mean((1, 2, 3)) * weight).mean()
 
