@@ -328,7 +328,7 @@ def test_a_run_that_may_goes_on_and_saves_again_when_it_can(tmp_path, monkeypatc
 def test_the_last_save_of_a_run_must_succeed_even_if_the_run_may_go_on(tmp_path, monkeypatch, steps):
     trainer, lines, _ = saver(tmp_path, steps=steps, on_save_error="continue")
     break_at(monkeypatch, errno.EIO)
-    with pytest.raises(CheckpointError, match=f"step {steps} could not be saved: .*state.safetensors cannot be written.*Nothing was saved before"):
+    with pytest.raises(CheckpointError, match=f"step {steps} could not be saved: .*state.safetensors cannot be written.*No state was saved before"):
         trainer.fit(StopRequest())
     assert trainer.state.step == steps
 
@@ -348,8 +348,14 @@ def test_a_folder_that_became_unusable_is_named(tmp_path):
         train(tmp_path)
     (tmp_path / "ckpts").unlink()
     (tmp_path / "states").write_text("a file")
-    with pytest.raises(CheckpointError, match="states.*cannot be written.*Nothing was saved before"):
+    with pytest.raises(CheckpointError, match="states.*cannot be written.*No state was saved before"):
         train(tmp_path)
+
+
+def test_steps_that_change_nothing_push_no_good_state_out(tmp_path):
+    lines = train(tmp_path, steps=8, bad={3, 4, 5}, save_step=1, keep_states=2)
+    assert weights(tmp_path) == [f"unet-{step}.safetensors" for step in (1, 2, 3, 7, 8)]
+    assert [line.split(":")[0] for line in lines if "is not saved" in line] == [f"step {step} is not saved" for step in (4, 5, 6)]
 
 
 def test_a_weight_that_is_not_finite_is_never_saved(tmp_path):

@@ -106,10 +106,18 @@ def load_state(run: Path, step: int | None = None, say: Callable[[str], Any] = l
     raise CheckpointError([*damage, f"train.resume = {str(run)!r}: none of its {len(steps)} states is whole. A new run can start from its weights: model.init_lora={run}/ckpts/..."])
 
 
+def _hint(run: Path) -> str:
+    """Where the state or the weights may be that somebody looks for in the wrong folder."""
+    if run.name in (STATES, "ckpts") and states(run.absolute().parent):
+        return f"; the run folder is {run.parent}"
+    weights = sorted((run / "ckpts").glob("*.safetensors"))
+    return f"; a new run can start from its weights with model.init_lora={weights[-1]}" if weights else ""
+
+
 def _some_states(run: Path) -> list[int]:
     steps = states(run)
     if not steps:
-        raise ConfigError(f"train.resume = {str(run)!r} holds no training state (states/<step>/). It was never saved, or this is no run folder.")
+        raise ConfigError(f"train.resume = {str(run)!r} holds no training state (states/<step>/). It was never saved, or this is no run folder{_hint(run)}.")
     return steps
 
 

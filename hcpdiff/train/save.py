@@ -56,7 +56,11 @@ class SaveHook(Periodic):
         self._once(trainer)
 
     def act(self, trainer: Trainer) -> None:
-        """Writes the checkpoint and the state of the step that is done."""
+        """Writes the checkpoint and the state of the step that is done. While steps change nothing there is nothing new, and older states are not to be pushed out."""
+        if trainer.state.skipped_in_row and not self.ending:
+            self._exports(trainer)  # if the weights are the cause, the run ends here
+            self.log.logger.say(f"step {trainer.state.step} is not saved: loss or gradient was not finite in the last {trainer.state.skipped_in_row} steps, which changed nothing")
+            return
         self.log.flush(trainer)
         self.log.logger.flush()  # before the mark: a run killed right after it goes on with the next step and would never log these
         try:
@@ -78,13 +82,10 @@ class SaveHook(Periodic):
             there = states(self.run)
         except CheckpointError as error:
             return f"What was saved before was not touched. {error}"
-        return f"What was saved before is whole; the newest state is {self.run / 'states' / str(there[-1])}." if there else "Nothing was saved before."
+        return f"What was saved before is whole; the newest state is {self.run / 'states' / str(there[-1])}." if there else "No state was saved before."
 
     def _save(self, trainer: Trainer) -> list[Path]:
-        step = trainer.state.step
-        with weights_for_use(trainer.optimizer):
-            exports = {trainable: trainable.export() for trainable in self.trainables}
-        self._check_finite(step, exports)
+        step, exports = trainer.state.step, self._exports(trainer)
         files = self.written.setdefault(step, {})
         for trainable, layers in exports.items():
             name = f"{CKPTS}/{trainable.component.file_stem}-{step}.safetensors"
@@ -92,6 +93,12 @@ class SaveHook(Periodic):
         tree = training_state(trainer, self.trainables) | {"run": self.described, "weights": {str(step): dict(files) for step, files in self.written.items()}}
         save_state(self.run, step, tree, self.policy.keep_states, files)
         return [self.run / name for name in files]
+
+    def _exports(self, trainer: Trainer) -> dict[Any, dict[str, LoraTensors]]:
+        with weights_for_use(trainer.optimizer):
+            exports = {trainable: trainable.export() for trainable in self.trainables}
+        self._check_finite(trainer.state.step, exports)
+        return exports
 
     def _check_finite(self, step: int, exports: Mapping[Any, Mapping[str, LoraTensors]]) -> None:
         """Weights that are not finite are no result; those that only the file's number format cannot hold are a fault of the save."""

@@ -168,8 +168,9 @@ class Trainer:
         seen = self.settle()
         if self.hopeless:
             self._tell("on_nonfinite")
-            raise NonFiniteError(f"loss or gradient was not finite for {self.state.skipped_in_row} steps in a row. Those steps changed nothing; the last: {self.last_skip}. If it is "
-                                 f"always the same images, look at them; else lower the lr, or set mixed_precision: fp32. The checkpoints and states are from before.")
+            raise NonFiniteError(f"loss or gradient was not finite for {self.state.skipped_in_row} steps in a row. Those steps changed nothing; the last: {self.last_skip}. Lower the "
+                                 f"lr, or set mixed_precision: fp32 where it is not; if it is always the same few images, look at them. The last step that changed something was "
+                                 f"{self.state.step - self.state.skipped_in_row}; checkpoints and states are from before or of it.")
         return seen
 
     def _count(self, pending: Pending, seen: Seen) -> None:
