@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
-from .source import MODEL_KEY, check_complete, parts_of, read_index
+from .place import Place, open_place
+from .source import MODEL_KEY
 
 if TYPE_CHECKING:
     from .base import Family
@@ -14,29 +15,30 @@ if TYPE_CHECKING:
 FAMILIES = {"StableDiffusionPipeline": "sd.StableDiffusion"}  # class in model_index.json -> module and class here, imported when needed
 
 
-def detect(folder: Path, key: str = MODEL_KEY) -> "Family":
-    """The family of a diffusers folder, from its model_index.json."""
-    module, name = FAMILIES[_pipeline(folder, key)].split(".")
+def detect(folder: Path | Place, key: str = MODEL_KEY) -> "Family":
+    """The family of a base model, from its model_index.json."""
+    module, name = FAMILIES[_pipeline(open_place(folder), key)].split(".")
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)()
 
 
-def _pipeline(folder: Path, key: str) -> str:
-    pipeline = read_index(folder, key).get("_class_name")
+def _pipeline(place: Place, key: str) -> str:
+    pipeline = place.pipeline(key)
     if not isinstance(pipeline, str) or pipeline not in FAMILIES:
-        raise ConfigError(f"{key} = {str(folder)!r} is a {str(pipeline)[:80]}; supported: {', '.join(FAMILIES)} (Stable Diffusion 1.x and 2.x).")
+        raise ConfigError(f"{key} = {str(place.path)!r} is a {str(pipeline)[:80]}; supported: {', '.join(FAMILIES)} (Stable Diffusion 1.x and 2.x).")
     return pipeline
 
 
 def quick_faults(source: str, key: str = MODEL_KEY, without: Collection[str] = ()) -> list[str]:
-    """What is wrong with a base model's local folder as far as it shows without torch: its kind, and files that are missing. [] for a hub id.
+    """What is wrong with a local base model as far as it shows without torch: its kind, and what is missing. [] for a hub id.
 
     without: parts that are replaced, and so need not be there.
     """
-    folder = Path(source).expanduser()
+    path = Path(source).expanduser()
     try:
-        if folder.is_dir():
-            _pipeline(folder, key)
-            check_complete(folder, [part for part in parts_of(folder) if part not in without], key)
+        if path.is_dir():
+            place = open_place(path)
+            _pipeline(place, key)
+            place.check([part for part in place.parts() if part not in without], key)
     except ConfigError as error:
         return error.faults
     return []

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .place import Place
+
 
 @dataclass(frozen=True)
 class Component:
@@ -97,15 +99,15 @@ class Family(Protocol):
     name: str
     components: tuple[Component, ...]
 
-    def load(self, folder: Path, name: str, parts: Sequence[str], dtype: torch.dtype, vae: str | None = None, variant: str | None = None,
+    def load(self, folder: Path | Place, name: str, parts: Sequence[str], dtype: torch.dtype, vae: str | None = None, variant: str | None = None,
              key: str = ...) -> Models:
         """Reads the named parts, frozen and in eval mode, on the CPU in `dtype` (the VAE in fp32); errors name `key`."""
 
-    def check(self, folder: Path, parts: Sequence[str] = ..., vae: str | None = None, key: str = ...) -> None:
+    def check(self, folder: Path | Place, parts: Sequence[str] = ..., vae: str | None = None, key: str = ...) -> None:
         """ConfigError that names every missing file of the parts."""
 
-    def latent_geometry(self, folder: Path) -> tuple[int, int]:
-        """(pixels per latent cell and side, latent channels) of a diffusers folder."""
+    def latent_geometry(self, folder: Path | Place) -> tuple[int, int]:
+        """(pixels per latent cell and side, latent channels) of a base model."""
 
     def aliases(self, component: str, path: str) -> tuple[str, ...]:
         """The names under which a module of a component may be called in a pattern."""
@@ -139,19 +141,6 @@ class Family(Protocol):
 
     def base_version(self, models: Models) -> str:
         """What webui calls this base model, such as sd_v1."""
-
-
-def file_mark(folder: Path) -> str:
-    """sha256 over names, sizes and samples of the weight files in a folder: the same whatever dtype they are loaded in."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")):
-        size = path.stat().st_size
-        digest.update(f"{path.name}{size}".encode())
-        with open(path, "rb") as file:
-            for index in range(65):
-                file.seek(max(0, size - 4096) * index // 64)
-                digest.update(file.read(4096))
-    return digest.hexdigest()
 
 
 def fingerprint(module: nn.Module) -> str:

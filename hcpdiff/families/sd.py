@@ -10,7 +10,8 @@ from ..device import send
 from ..errors import ConfigError
 from . import clip_text
 from .base import Component, Conditioning, Models, Tokens
-from .source import MODEL_KEY, check_complete, find_part, load_or_fault, load_whole, read_json
+from .place import Place, check_vae, load_vae, open_place
+from .source import MODEL_KEY
 
 VAE_KEY = "model.vae"
 MOST_TIMESTEPS = 1_000_000  # published models have 1000
@@ -26,28 +27,29 @@ class StableDiffusion:
         Component("text_encoder", "lora_text_encoder", "text_encoder", "lora_te"),
     )
 
-    def load(self, folder: Path, name: str, parts: Sequence[str] = ("unet", "text_encoder", "vae"), dtype: torch.dtype = torch.float32,
+    def load(self, folder: Path | Place, name: str, parts: Sequence[str] = ("unet", "text_encoder", "vae"), dtype: torch.dtype = torch.float32,
              vae: str | None = None, variant: str | None = None, key: str = MODEL_KEY) -> Models:
         """Reads the named parts and the tokenizer, frozen and in eval mode, on the CPU in `dtype` (the VAE in fp32)."""
         from transformers import CLIPTokenizer
 
-        self.check(folder, parts, vae, key)
-        modules = {part: self._load_part(folder, part, dtype, vae, variant, key) for part in parts}
+        place = open_place(folder)
+        self.check(place, parts, vae, key)
+        modules = {part: self._load_part(place, part, dtype, vae, variant, key) for part in parts}
         for module in modules.values():
             module.requires_grad_(False).eval()
-        tokenizer = load_or_fault(CLIPTokenizer, folder / "tokenizer", key, {})
-        models = Models(self, folder, name, modules, {"tokenizer": tokenizer}, self._scheduler_config(folder))
+        models = Models(self, place.path, name, modules, {"tokenizer": place.tokenizer(CLIPTokenizer, "tokenizer", key)}, place.config("scheduler"))
         if "vae" in modules:  # what latents need of the VAE outlives it
             models.extra["latent_scale"] = models.vae.config.scaling_factor
             models.extra["latent_shift"] = getattr(models.vae.config, "shift_factor", None) or 0.0
         return models
 
-    def check(self, folder: Path, parts: Sequence[str] = ("unet", "text_encoder", "vae"), vae: str | None = None,
+    def check(self, folder: Path | Place, parts: Sequence[str] = ("unet", "text_encoder", "vae"), vae: str | None = None,
               key: str = MODEL_KEY) -> None:
-        """ConfigError that names every file of the parts, the tokenizer and the scheduler that is not there or cannot be used."""
+        """ConfigError that names everything of the parts, the tokenizer and the scheduler that is not there or cannot be used."""
+        place = open_place(folder)
         needed = [part for part in parts if not (part == "vae" and vae)]
         faults: list[str] = []
-        for check in (lambda: check_complete(folder, [*needed, "tokenizer", "scheduler"], key), lambda: self._check_numbers(folder), lambda: vae and find_part(vae, "vae", VAE_KEY)):
+        for check in (lambda: place.check([*needed, "tokenizer", "scheduler"], key), lambda: self._check_numbers(place), lambda: vae and check_vae(vae, place, VAE_KEY)):
             try:
                 check()
             except ConfigError as error:
@@ -55,34 +57,26 @@ class StableDiffusion:
         if faults:
             raise ConfigError(faults)
 
-    def _check_numbers(self, folder: Path) -> None:
-        """The noise schedule can be made and the VAE's geometry read, where their files are there."""
-        if (folder / "scheduler" / "scheduler_config.json").is_file():
-            _schedule(self._scheduler_config(folder), folder / "scheduler" / "scheduler_config.json")
-        if (folder / "vae" / "config.json").is_file():
-            self.latent_geometry(folder)
+    def _check_numbers(self, place: Place) -> None:
+        """The noise schedule can be made and the VAE's geometry read, where their configs are there."""
+        if place.has_config("scheduler"):
+            _schedule(place.config("scheduler"), place.where("scheduler"))
+        if place.has_config("vae"):
+            self.latent_geometry(place)
 
-    def _load_part(self, folder: Path, part: str, dtype: torch.dtype, vae: str | None, variant: str | None, key: str) -> torch.nn.Module:
+    def _load_part(self, place: Place, part: str, dtype: torch.dtype, vae: str | None, variant: str | None, key: str) -> torch.nn.Module:
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from transformers import CLIPTextModel
 
+        if part == "vae" and vae:
+            return load_vae(AutoencoderKL, vae, place, torch.float32, VAE_KEY)
         kind = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}[part]
-        own_vae = part == "vae" and vae
-        place, options = find_part(vae, "vae", VAE_KEY) if own_vae else (folder / part, {})
-        options["dtype" if part == "text_encoder" else "torch_dtype"] = torch.float32 if part == "vae" else dtype
-        if part == "text_encoder":
-            options["attn_implementation"] = "sdpa"  # its config.json could name a kernel on the hub: code
-        if variant is not None and not own_vae:
-            options["variant"] = variant
-        return load_whole(kind, place, VAE_KEY if own_vae else key, options)
+        return place.load(kind, part, torch.float32 if part == "vae" else dtype, variant, key)
 
-    def _scheduler_config(self, folder: Path) -> dict:
-        return read_json(folder / "scheduler" / "scheduler_config.json")
-
-    def latent_geometry(self, folder: Path) -> tuple[int, int]:
+    def latent_geometry(self, folder: Path | Place) -> tuple[int, int]:
         """(pixels per latent cell and side, latent channels) from the VAE's config; 8 and 4 for every published model."""
-        path = folder / "vae" / "config.json"
-        config = read_json(path)
+        place = open_place(folder)
+        path, config = place.where("vae"), place.config("vae")
         blocks, channels = config.get("block_out_channels"), config.get("latent_channels")
         if not isinstance(blocks, list) or not 1 <= len(blocks) <= 8 or type(channels) is not int or not 1 <= channels <= 1024:
             raise ConfigError(f"{path} is not the config of a VAE: block_out_channels = {str(blocks)[:60]}, latent_channels = {str(channels)[:60]}.")

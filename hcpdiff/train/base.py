@@ -10,35 +10,38 @@ from ..config.schema import ModelConfig, TrainConfig
 from ..diffusion.objective import PREDICTIONS, DiscreteObjective
 from ..errors import ConfigError
 from ..families import detect
-from ..families.base import Models, file_mark, fingerprint
+from ..families.base import Models, fingerprint
+from ..families.place import open_place
 from ..families.source import resolve
 
 
 class BaseModel:
-    """`folder`, `family`, `geometry` (pixels per latent cell and side, latent channels) and `notices` are known from the start, the rest after `load`."""
+    """`place`, `family`, `geometry` (pixels per latent cell and side, latent channels) and `notices` are known from the start, the rest after `load`."""
 
     def __init__(self, config: ModelConfig):
         """ConfigError where it is not there, not whole, or of no family that is known."""
         self.config = config
-        self.folder, self.notices = resolve(config.pretrained_model_name_or_path, config.revision, config.variant)
-        self.family = detect(self.folder)
-        self.family.check(self.folder, vae=config.vae)
-        self.geometry = self.family.latent_geometry(self.folder)
+        path, notices = resolve(config.pretrained_model_name_or_path, config.revision, config.variant)
+        self.place = open_place(path)
+        self.notices = [*notices, *self.place.notices]
+        self.family = detect(self.place)
+        self.family.check(self.place, vae=config.vae)
+        self.geometry = self.family.latent_geometry(self.place)
         self.models: Models | None = None
         self.marks: dict[str, str] = {}
 
     def load(self, dtype: torch.dtype, allow: Sequence[str]) -> Models:
         """Reads every part; `marks` hold part -> digest of its weights from then on."""
         parts = [*(component.name for component in self.family.components), "vae"]
-        self.models = self.family.load(self.folder, self._name(), parts, dtype, self.config.vae, self.config.variant)
+        self.models = self.family.load(self.place, self._name(), parts, dtype, self.config.vae, self.config.variant)
         self._set_scheduler(allow)
-        self.marks = {component.name: file_mark(self.folder / component.name) for component in self.family.components} | {"vae": fingerprint(self.models.vae)}
+        self.marks = {component.name: self.place.mark(component.name) for component in self.family.components} | {"vae": fingerprint(self.models.vae)}
         return self.models
 
     def _name(self) -> str:
         """What files call it: no local path."""
         source = self.config.pretrained_model_name_or_path
-        return self.folder.resolve().name if Path(source).expanduser().exists() else source
+        return self.place.path.resolve().name if Path(source).expanduser().exists() else source
 
     def _set_scheduler(self, allow: Sequence[str]) -> None:
         if self.config.noise_scheduler:

@@ -1,0 +1,133 @@
+"""Where a base model lies, whatever its form: configs, weights, tokenizers and marks of its parts behind one contract.
+
+A family reads its parts through a `Place` and never asks whether it is a folder or a single file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from .source import MODEL_KEY, check_complete, find_part, load_or_fault, load_whole, parts_of, read_index, read_json
+
+if TYPE_CHECKING:
+    from torch import dtype as Dtype
+    from torch import nn
+
+
+@runtime_checkable
+class Place(Protocol):
+    """A base model on the disk. `path` is the folder or file; `notices` are for the log."""
+
+    path: Path
+    notices: Sequence[str]
+
+    def pipeline(self, key: str = MODEL_KEY) -> str | None:
+        """The name of diffusers' pipeline class, which tells the family."""
+
+    def parts(self) -> list[str]:
+        """The parts that are needed: unet, text_encoder, tokenizer, vae, scheduler ..."""
+
+    def check(self, parts: Sequence[str], key: str = MODEL_KEY) -> None:
+        """ConfigError that names everything that the parts lack. Needs no torch."""
+
+    def has_config(self, part: str) -> bool:
+        """Whether there is a config of this part to read."""
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The part's config in diffusers' (or transformers') form; of `scheduler` the noise schedule."""
+
+    def where(self, part: str) -> Path | str:
+        """The place of a part's config, as messages name it."""
+
+    def load(self, kind: type, part: str, dtype: Dtype, variant: str | None = None, key: str = MODEL_KEY) -> nn.Module:
+        """The part as a module of this class, on the CPU in `dtype`; ConfigError where a weight is missing, left over, or of another shape."""
+
+    def tokenizer(self, kind: type, part: str = "tokenizer", key: str = MODEL_KEY) -> Any:
+        """The tokenizer of this name."""
+
+    def mark(self, part: str) -> str:
+        """A digest by which the part's weights are known again, whatever the place is called."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A base model as a diffusers folder."""
+
+    path: Path
+    notices: Sequence[str] = ()
+
+    def pipeline(self, key: str = MODEL_KEY) -> str | None:
+        """`_class_name` of model_index.json."""
+        return read_index(self.path, key).get("_class_name")
+
+    def parts(self) -> list[str]:
+        """What model_index.json names of the parts that are needed."""
+        return parts_of(self.path)
+
+    def check(self, parts: Sequence[str], key: str = MODEL_KEY) -> None:
+        """ConfigError that names every file that is missing."""
+        check_complete(self.path, list(parts), key)
+
+    def has_config(self, part: str) -> bool:
+        """Whether its JSON file is there."""
+        return self.where(part).is_file()
+
+    def config(self, part: str) -> dict[str, Any]:
+        """Its JSON file."""
+        return read_json(self.where(part))
+
+    def where(self, part: str) -> Path:
+        """The path of its JSON file."""
+        return self.path / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+
+    def load(self, kind: type, part: str, dtype: Dtype, variant: str | None = None, key: str = MODEL_KEY) -> nn.Module:
+        """By the library's from_pretrained, refused where the files do not hold every weight."""
+        return load_whole(kind, self.path / part, key, options_for(kind, dtype) | ({"variant": variant} if variant is not None else {}))
+
+    def tokenizer(self, kind: type, part: str = "tokenizer", key: str = MODEL_KEY) -> Any:
+        """From its folder."""
+        return load_or_fault(kind, self.path / part, key, {})
+
+    def mark(self, part: str) -> str:
+        """sha256 over names, sizes and samples of its weight files."""
+        return file_mark(self.path / part)
+
+
+def file_mark(folder: Path) -> str:
+    """sha256 over names, sizes and samples of the weight files in a folder: the same whatever dtype they are loaded in."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}{size}".encode())
+        with open(path, "rb") as file:
+            for index in range(65):
+                file.seek(max(0, size - 4096) * index // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
+def options_for(kind: type, dtype: Dtype) -> dict[str, Any]:
+    """Arguments of from_pretrained of both libraries: transformers' config.json could name a kernel on the hub, which is code."""
+    if kind.__module__.startswith("transformers."):
+        return {"dtype": dtype, "attn_implementation": "sdpa"}
+    return {"torch_dtype": dtype}
+
+
+def open_place(source: Path | str | Place) -> Place:
+    """The place behind a path that `source.resolve` has found; a place is given back as it is."""
+    return Folder(Path(source)) if isinstance(source, (str, Path)) else source
+
+
+def check_vae(source: str, base: Place, key: str) -> None:
+    """ConfigError where there is no VAE to put in the place of the base model's."""
+    find_part(source, "vae", key)
+
+
+def load_vae(kind: type, source: str, base: Place, dtype: Dtype, key: str) -> nn.Module:
+    """Another VAE than the base model's, from a folder or a hub id."""
+    place, options = find_part(source, "vae", key)
+    return load_whole(kind, place, key, options | options_for(kind, dtype))
