@@ -13,7 +13,7 @@ FLOORS = [
     {"lora_tensors"},
     {"cli", "config", "adapters", "diffusion", "data", "device", "checkpoint.io", "checkpoint.format", "loss"},
     {"families", "trainables", "checkpoint", "loggers"},
-    {"train", "vis"},
+    {"train", "vis", "lora_tools"},
     {"train_ac", "train_ac_single", "visualizer", "tools"},
 ]
 ALLOWED = {("trainables", "families"), ("tools", "train_ac"), ("train_ac_single", "train_ac"), ("train", "vis"), ("checkpoint", "families")}

@@ -58,12 +58,13 @@ def our_path(folder: Path, component: str, name: str) -> Path:
     return folder / f"{component}-{name}{SUFFIX}"
 
 
-def replaceable(path: Path) -> bool:
-    """Whether nothing is lost when `path` is written: it is free, or holds what the converter itself made before."""
+def replaceable(path: Path, maker: str = "1") -> bool:
+    """Whether nothing is lost when `path` is written: it is free, or holds what the same command made before (`maker`: the mark it leaves; "1" is the
+    converter's)."""
     if not path.exists():
         return True
     try:
-        return META_CONVERTER in read_header(path).metadata
+        return read_header(path).metadata.get(META_CONVERTER) == maker
     except CheckpointError:  # no safetensors file: whatever it is, it is not ours to replace
         return False
 

@@ -1,0 +1,144 @@
+"""A base model as files: a diffusers folder or one safetensors file, read layer by layer, never whole."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from ..checkpoint.convert import Layers
+from ..checkpoint.format import COMPONENTS
+from ..checkpoint.io import read_tensor
+from ..checkpoint.safetensors_header import ITEM_BYTES, Header, read_header
+from ..errors import CheckpointError
+from ..families.source import read_index, resolve
+from ..lora_tensors import LoraTensors
+from . import base_names
+from .base_names import Place
+
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One safetensors file of the model, known by its header."""
+
+    path: Path
+    header: Header
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A layer's weight in one of the files."""
+
+    file: WeightFile
+    place: Place
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Shape of the tensor under the key."""
+        return self.file.header.entries[self.place.key].shape
+
+    @property
+    def dtype(self) -> str:
+        """Its type as safetensors names it."""
+        return self.file.header.entries[self.place.key].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the layer's weight, (out, in) or (out, in, kh, kw)."""
+        shape = self.stored[::-1] if self.place.turned else self.stored
+        return shape if self.place.third is None else (shape[0] // 3, *shape[1:])
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """The layer's weight as a view of the tensor under the key."""
+        tensor = tensor.t() if self.place.turned else tensor
+        if self.place.third is None:
+            return tensor
+        rows = tensor.shape[0] // 3
+        return tensor[self.place.third * rows:(self.place.third + 1) * rows]
+
+    def read(self) -> Tensor:
+        """The layer's weight in the type that it is stored in."""
+        return self.cut(read_tensor(self.file.path, self.file.header, self.place.key))
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The files of a base model. `parts`: component -> its files, for a folder; a single file is in `single`."""
+
+    path: Path
+    parts: Mapping[str, list[WeightFile]] = field(default_factory=dict)
+    single: WeightFile | None = None
+    notices: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> list[WeightFile]:
+        """Every file that may hold a layer."""
+        return [self.single] if self.single else [file for files in self.parts.values() for file in files]
+
+    def spots(self, component: str, path: str) -> list[Spot]:
+        """Every copy of a layer's weight: more than one where a folder holds variants (fp16 beside fp32); none where the model lacks the layer."""
+        if self.single:
+            found = [Spot(self.single, place) for place in base_names.in_single_file(component, path) if place.key in self.single.header.entries]
+            return found[:1]
+        return [Spot(file, place) for file in self.parts.get(component, ()) for place in base_names.in_folder(path) if place.key in file.header.entries]
+
+    def spot(self, component: str, path: str) -> Spot | None:
+        """The copy with the most digits."""
+        return max(self.spots(component, path), key=lambda spot: ITEM_BYTES[spot.dtype], default=None)
+
+    def layers(self) -> Iterator[tuple[str, str, Spot]]:
+        """Every Linear and convolution that the model has: component, path, its best copy."""
+        for component, path in base_names.known_layers():
+            spot = self.spot(component, path)
+            if spot is not None:
+                yield component, path, spot
+
+
+def open_model(source: str, key: str) -> BaseModel:
+    """The model that a user names by `key` (an option): a folder, a .safetensors file, or a hub id. CheckpointError or ConfigError says what is wrong."""
+    path, notices = Path(source).expanduser(), []
+    if path.is_file():
+        return BaseModel(path, single=WeightFile(path, read_header(path)))
+    if not path.is_dir():
+        path, notices = resolve(source, key=key)
+    read_index(path, key)
+    parts = {component: _files(path / component) for component in COMPONENTS if (path / component).is_dir()}
+    empty = [component for component, files in parts.items() if not files]
+    if empty or not parts:
+        raise CheckpointError(f"{key} {source}: there are no .safetensors weights in {', '.join(f'{part}/' for part in empty) or 'it'}. Pickles (.bin) are not read "
+                              f"here: load the model with diffusers and save it with save_pretrained(FOLDER).")
+    return BaseModel(path, parts, notices=tuple(notices))
+
+
+def _files(folder: Path) -> list[WeightFile]:
+    return [WeightFile(file, read_header(file)) for file in sorted(folder.glob("*.safetensors"))]
+
+
+def misfits(model: BaseModel, layers: Layers) -> list[str]:
+    """Why the LoRA does not fit the model, a line for each kind of fault; empty: every layer has its place and its shape."""
+    lacking: dict[str, list[str]] = {}
+    wrong: list[str] = []
+    for component, named in layers.items():
+        for path, lora in named.items():
+            spots = model.spots(component, path)
+            if not spots:
+                lacking.setdefault(component, []).append(path)
+            wrong += [f"{component} {path} ({spot.dtype} {spot.shape} in the model, {_full(lora)} in the LoRA)" for spot in spots if not _fits(spot, lora)]
+    lines = [f"{len(paths)} of {len(layers[component])} layers of {component} are not in {model.path.name}: {_few(paths)}." for component, paths in lacking.items()]
+    return lines + ([f"{len(wrong)} layers have another shape or type there: {_few(wrong)}."] if wrong else [])
+
+
+def _fits(spot: Spot, lora: LoraTensors) -> bool:
+    kernel = tuple(lora.down.shape[2:])
+    same_kernel = spot.shape[2:] == kernel or {spot.shape[2:], kernel} == {(), (1, 1)}
+    return spot.shape[:2] == _full(lora)[:2] and same_kernel and spot.dtype in FLOATS
+
+
+def _full(lora: LoraTensors) -> tuple[int, ...]:
+    return (lora.up.shape[0], *lora.down.shape[1:])
+
+
+def _few(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

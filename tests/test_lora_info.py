@@ -1,0 +1,124 @@
+"""lora_info: what it shows of files of every spelling, sound and spoilt, and whether they fit a model."""
+
+import json
+
+import pytest
+import torch
+from lora_help import command, fails, random_lora, sd1_layers, webui_file
+
+from hcpdiff.checkpoint.format import save_lora
+from hcpdiff.checkpoint.io import read_tensors, save_tensors
+from hcpdiff.lora_tools.base_model import open_model
+from hcpdiff.tools import lora_info
+
+
+@pytest.fixture
+def info(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    return lambda *args: command(lora_info, capsys, "--lora_path", *args)
+
+
+def test_numbers_are_those_of_the_dense_deltas(info):
+    layers = sd1_layers(1, text=True, alpha=3.0)
+    webui_file("cat.safetensors", layers)
+    code, out, err = info("cat.safetensors", "--json")
+    (found,) = json.loads(out)
+    assert code == 0 and found["family"] == "Stable Diffusion 1.x" and found["version"] == "sd_v1" and found["spelling"] == "webui" and not found["faults"], err
+    assert len(found["layers"]) == 24
+    for layer in found["layers"]:
+        lora = layers[layer["component"]][layer["path"]]
+        assert (layer["rank"], layer["alpha"]) == (lora.rank, lora.alpha) and layer["norm"] == pytest.approx(float(lora.delta(torch.float64).norm()), rel=1e-6)
+    kinds = {layer["path"].rsplit(".", 1)[1]: layer["kind"] for layer in found["layers"]}
+    assert (kinds["conv1"], kinds["proj_in"], kinds["to_k"]) == ("3x3", "1x1", "Linear")
+
+
+def test_the_page_for_readers(info):
+    webui_file("cat.safetensors", sd1_layers(1, text=True, alpha=3.0), extra={"ss_tag_frequency": json.dumps({"5_cat": {"cat": 9, "sofa": 2}}), "ss_note": "\x1b[31mred"})
+    code, out, _ = info("cat.safetensors", "--layers")
+    assert code == 0
+    for words in ("cat.safetensors: ", "72 tensors", "AutoV2", "AutoV3", "family: Stable Diffusion 1.x (sd_v1)", "text_encoder", "unet down_blocks.0.resnets.0.conv1", "ss_tag_frequency: cat 9, sofa 2"):
+        assert words in out, words
+    assert "\x1b" not in out  # a stranger's file does not steer the terminal
+
+
+def test_webuis_own_short_hashes_are_shown_and_a_false_one_is_told(info):
+    import hashlib
+
+    path = webui_file("cat.safetensors", sd1_layers(1))
+    raw = path.read_bytes()
+    code, out, _ = info("cat.safetensors")
+    body = raw[8 + int.from_bytes(raw[:8], "little"):]
+    assert f"AutoV2 {hashlib.sha256(raw).hexdigest()[:10]}, AutoV3 {hashlib.sha256(body).hexdigest()[:12]}" in out and "warning" not in out
+    tensors, metadata = read_tensors(path)
+    key = next(iter(tensors))
+    save_tensors("changed.safetensors", {**tensors, key: tensors[key] + 1}, metadata)
+    code, out, _ = info("changed.safetensors")
+    assert code == 0 and "warning: sshs_model_hash in the metadata is" in out
+
+
+def test_a_run_folder_shows_each_part(info):
+    layers = sd1_layers(1, text=True)
+    for component, named in layers.items():
+        save_lora(f"run/ckpts/{component}-20.safetensors", named, {"component": component, "step": "20", "base_version": "sd_v1"})
+    code, out, _ = info("run")
+    assert code == 0 and out.count("spelling: hcpdiff") == 2 and "hcpdiff.step: 20" in out
+
+
+def test_what_changes_nothing_is_told(info):
+    layers = sd1_layers(1)
+    path = next(iter(layers["unet"]))
+    layers["unet"][path] = random_lora((16, 768), 1, scale=0.0)
+    webui_file("a.safetensors", layers)
+    assert "warning: 1 of 12 layers change nothing (unet 1)" in info("a.safetensors")[1]
+    webui_file("b.safetensors", {"unet": {path: layers["unet"][path]}})
+    assert "this LoRA changes nothing" in info("b.safetensors")[1]
+
+
+def test_values_that_are_not_finite_are_counted_and_the_rest_is_shown(info):
+    tensors, metadata = read_tensors(webui_file("a.safetensors", sd1_layers(1)))
+    name = next(key for key in tensors if key.endswith("lora_up.weight"))
+    tensors[name][0, 0], tensors[name][1, 1] = float("nan"), float("inf")
+    save_tensors("bad.safetensors", tensors, metadata)
+    result = info("bad.safetensors", "a.safetensors")
+    fails(result, "2 values in 1 of 36 tensors are inf or nan", "bad.safetensors", name)
+    assert "a.safetensors: " in result[1] and result[1].count("unet ") >= 2
+
+
+def test_what_is_no_lora_is_named(info):
+    save_tensors("loha.safetensors", {f"lora_unet_mid_block_attentions_0_proj_in.hada_w{n}_{x}": torch.ones(2, 2) for n in (1, 2) for x in "ab"}, {})
+    fails(info("loha.safetensors"), "loha.safetensors", "LoHa (LyCORIS)")
+    fails(info("nowhere.safetensors"), "does not exist")
+
+
+def test_whether_it_fits_a_model_is_said(info, tiny_sd1, tiny_sd2):
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(tiny_sd1 / "unet")
+    weights = dict(unet.named_parameters())
+    paths = [name.removesuffix(".weight") for name in weights if name.endswith((".to_k.weight", ".conv1.weight", ".proj_in.weight"))]
+    webui_file("fits.safetensors", {"unet": {path: random_lora(tuple(weights[f"{path}.weight"].shape), n) for n, path in enumerate(paths)}})
+    code, out, err = info("fits.safetensors", "--base_model", str(tiny_sd1))
+    assert code == 0 and f"fits model: each of the {len(paths)} layers" in out, err
+    webui_file("other.safetensors", {"unet": {path: random_lora((32, 7), n) for n, path in enumerate(paths) if path.endswith("to_k")}})
+    fails(info("other.safetensors", "--base_model", str(tiny_sd1)), "does not fit model", "layers have another shape", "(32, 32) in the model, (32, 7) in the LoRA")
+    webui_file("deep.safetensors", {"unet": {"down_blocks.0.attentions.0.transformer_blocks.9.attn1.to_q": random_lora((32, 32), 1)}}, family=sdxl())
+    fails(info("deep.safetensors", "--base_model", str(tiny_sd1)), "1 of 1 layers of unet are not in model")
+
+
+def sdxl():
+    from dataclasses import replace
+
+    from hcpdiff.families import unet_names
+    from lora_help import SDXL
+
+    return replace(SDXL, plan=unet_names.ANY)
+
+
+def test_every_layer_of_a_folder_is_found(tiny_sd1):
+    model = open_model(str(tiny_sd1), "--base_model")
+    found = {(component, path) for component, path, _ in model.layers()}
+    from diffusers import UNet2DConditionModel
+
+    unet = {name for name, module in UNet2DConditionModel.from_pretrained(tiny_sd1 / "unet").named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))}
+    assert {path for component, path in found if component == "unet"} == unet
+    assert sum(component == "text_encoder" for component, _ in found) == 18
