@@ -33,11 +33,13 @@ class Found:
 
 @dataclass(frozen=True)
 class WebuiLora:
-    """A webui file's tensors by key; the layers in them; attention layers that were added with no effect, since webui wants all four."""
+    """A webui file's tensors by key; the layers in them; attention layers that were added with no effect, since webui wants all four; once it is
+    written, the file's SHA-256."""
 
     tensors: dict[str, Tensor]
     layers: dict[str, dict[str, LoraTensors]]
     completed: list[str] = field(default_factory=list)
+    sha256: str = ""
 
 
 def find_family(layers: Layers, metadata: Mapping[str, str], told: str | None = None, ldm_names: bool = False) -> Found:
@@ -88,11 +90,16 @@ def to_webui(layers: Layers, family: WebuiFamily, dtype: torch.dtype | None = No
         named, added = _complete(named) if component in family.fused else (named, [])
         completed += [f"{component} {path}" for path in added]
         for path, lora in named.items():
-            lora = _shaped(cast(lora, dtype or (torch.float32 if lora.down.dtype == torch.float64 else None)), family, component, path)
+            lora = shaped(cast(lora, storable(lora, dtype)), family, component, path)
             base = family.webui_base(component, path)
             tensors.update({f"{base}.lora_down.weight": lora.down, f"{base}.lora_up.weight": lora.up, f"{base}.alpha": alpha_tensor(lora)})
             written.setdefault(component, {})[path] = lora
     return WebuiLora(tensors, written, completed)
+
+
+def storable(lora: LoraTensors, dtype: torch.dtype | None = None) -> torch.dtype | None:
+    """The type in which other programs' files hold a layer: `dtype` where one is asked for, float32 for float64, which they do not expect; else None, as it is."""
+    return dtype or (torch.float32 if torch.float64 in (lora.down.dtype, lora.up.dtype) else None)
 
 
 def cast(lora: LoraTensors, dtype: torch.dtype | None) -> LoraTensors:
@@ -118,7 +125,7 @@ def _complete(named: Mapping[str, LoraTensors]) -> tuple[dict[str, LoraTensors],
     return layers, added
 
 
-def _shaped(lora: LoraTensors, family: WebuiFamily, component: str, path: str) -> LoraTensors:
+def shaped(lora: LoraTensors, family: WebuiFamily, component: str, path: str) -> LoraTensors:
     """Factors in the number of dimensions that the layer has; CheckpointError where the kernel is another."""
     kind = family.kind(component, path)
     kernel = tuple(lora.down.shape[2:])

@@ -1,7 +1,9 @@
 """LoRA files for other programs and back, written only after they have been read again and compared."""
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,10 +11,12 @@ import torch
 from ..errors import CheckpointError
 from ..families.webui import WebuiFamily
 from .convert import Layers, WebuiLora, cast, faults_of, to_webui
-from .format import load_lora, save_lora
-from .io import payload_sha256, save_tensors
-from .metadata import HASH, META_CONVERTER, our_metadata, webui_metadata
-from .paths import SUFFIX
+from .format import META_COMPONENT, load_lora, save_lora
+from .io import payload_sha256, save_tensors, write_atomic
+from .lora_parse import SCALE_ONE
+from .metadata import HASH, META_CONVERTER, MODEL_HASH, other_metadata, our_metadata, webui_metadata
+from .paths import PEFT_WEIGHTS, SUFFIX
+from .peft_form import CONFIG, DiffusersLora, PeftLora, to_diffusers, to_peft
 from .safetensors_header import read_header
 
 
@@ -22,15 +26,15 @@ def write_webui(path: Path, layers: Layers, family: WebuiFamily, version: str, *
     is one that webui knows; else CheckpointError, and `path` is as it was before."""
     lora = to_webui(layers, family, dtype)
     before = [tensors for named in layers.values() for tensors in named.values()]
-    metadata = {**webui_metadata(kept, family, version, before, name), **(extra or {}), HASH: payload_sha256(lora.tensors)}
+    digest = payload_sha256(lora.tensors)
+    metadata = {**webui_metadata(kept, family, version, before, name), **(extra or {}), HASH: digest, MODEL_HASH: f"0x{digest}"}
 
     def check(written: Path) -> None:
         known = {family.webui_base(component, layer) for component, named in lora.layers.items() for layer in named}
         foreign = [key for key in read_header(written).entries if key.split(".", 1)[0] not in known]
         _refuse(path, [f"{key} is no name that webui knows" for key in foreign] + _hash_faults(written) + faults_of(load_lora(written).layers, layers, dtype))
 
-    save_tensors(path, lora.tensors, metadata, check)
-    return lora
+    return replace(lora, sha256=save_tensors(path, lora.tensors, metadata, check))
 
 
 def write_ours(folder: Path, layers: Layers, version: str | None, *, name: str, kept: Mapping[str, str], dtype: torch.dtype | None = None) -> list[Path]:
@@ -47,6 +51,32 @@ def write_ours(folder: Path, layers: Layers, version: str | None, *, name: str, 
                 path.unlink()
         raise
     return paths
+
+
+def write_diffusers(path: Path, layers: Layers, family: WebuiFamily, version: str, *, name: str, kept: Mapping[str, str], dtype: torch.dtype | None = None,
+                    extra: Mapping[str, str] | None = None) -> DiffusersLora:
+    """Writes the file of diffusers' `save_lora_weights` at `path`, checked like webui's, and returns what is in it."""
+    lora = to_diffusers(layers, family, dtype)
+    metadata = {**other_metadata(kept, family, version, name, lora.tensors), **(extra or {}), SCALE_ONE: "1"}
+    save_tensors(path, lora.tensors, metadata, _comparison(path, layers, dtype))
+    return lora
+
+
+def write_peft(folder: Path, layers: Layers, family: WebuiFamily, version: str, *, name: str, kept: Mapping[str, str], dtype: torch.dtype | None = None,
+               extra: Mapping[str, str] | None = None) -> list[Path]:
+    """Writes a PEFT adapter for each component, `<folder>/<component>/` with weights and config, each checked; the weights' paths come back."""
+    adapters = {component: to_peft(named, family, component, dtype) for component, named in layers.items()}
+    for component, adapter in adapters.items():
+        _write_adapter(folder / component, adapter, {component: layers[component]}, dtype,
+                       {**other_metadata(kept, family, version, name, adapter.tensors), **(extra or {}), META_COMPONENT: component})
+    return [folder / component / PEFT_WEIGHTS for component in adapters]
+
+
+def _write_adapter(folder: Path, adapter: PeftLora, before: Layers, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+    """The config first, since a config without weights is no adapter, and weights without it would be read with another strength."""
+    text = json.dumps(adapter.config, indent=2, ensure_ascii=False)
+    write_atomic(folder / CONFIG, lambda file: file.write(text.encode("utf-8")))
+    save_tensors(folder / PEFT_WEIGHTS, adapter.tensors, {**metadata, "lora_adapter_metadata": text}, _comparison(folder / PEFT_WEIGHTS, before, dtype))
 
 
 def _comparison(path: Path, before: Layers, dtype: torch.dtype | None) -> Callable[[Path], None]:

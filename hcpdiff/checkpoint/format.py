@@ -16,6 +16,7 @@ from ..families.unet_names import text_path
 from ..lora_tensors import LoraTensors
 from .io import read_tensors, save_tensors
 from .lora_parse import StoredLora, parse
+from .paths import PEFT_WEIGHTS
 
 FORMAT = "1"  # number of the format that save_lora writes; raised when a reader of the old one would be wrong
 META_PREFIX = "hcpdiff."  # of every metadata key of ours; save_lora adds it to plain names
@@ -74,6 +75,11 @@ def _component_of(layers: Mapping[str, LoraTensors]) -> str:
     return "text_encoder" if all(text_path(path).startswith("text_model.") for path in layers) and layers else "unet"
 
 
+def _folder_component(path: Path) -> str | None:
+    """PEFT's file does not say which part it is for; where the folder that it lies in is called like one, as training scripts do, that says it."""
+    return path.absolute().parent.name if path.name == PEFT_WEIGHTS and path.absolute().parent.name in COMPONENTS else None
+
+
 def load_lora(path: Path | str) -> LoraFile:
     """Reads a LoRA file in any spelling: ours, webui/kohya (diffusers and LDM names), PEFT, old diffusers, `lycoris_`, the ancestor's.
 
@@ -86,7 +92,7 @@ def load_lora(path: Path | str) -> LoraFile:
     number = metadata.get(META_FORMAT, FORMAT)
     if number != FORMAT:
         raise CheckpointError(f"{path} is in format {number[:40]!r} of hcpdiff; this version reads format {FORMAT}. Update hcpdiff.")
-    component = metadata.get(META_COMPONENT)
+    component = metadata.get(META_COMPONENT) or _folder_component(path)
     if component is not None and component not in COMPONENTS:
         raise CheckpointError(f"{path} is for the component {component[:40]!r}, which this version of hcpdiff does not know.")
     layers, spelling, notices = parse(tensors, metadata, component, path)

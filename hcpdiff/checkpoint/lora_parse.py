@@ -13,6 +13,7 @@ from ..errors import CheckpointError
 from ..lora_tensors import LoraTensors
 from .spellings import ALPHA, ANCESTOR, DOWN, MID, PEFT, UP, Key, NotLora, read_key
 
+SCALE_ONE = "hcpdiff.scale_one"  # in the header of a file whose factors hold every scale
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -42,7 +43,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], component:
     faults += [f"{path}: {what}: {_some(where)}." for what, where in wrong.items()]
     if faults:
         raise CheckpointError(faults)
-    if scales == {} and PEFT in spellings and not any(ALPHA in parts for parts in places.values()):
+    if scales == {} and PEFT in spellings and SCALE_ONE not in metadata and not any(ALPHA in parts for parts in places.values()):
         notices.append("the file has no alpha and no PEFT config beside it: scale 1 is taken for every layer")
     return layers, "+".join(spellings), notices
 
@@ -167,7 +168,7 @@ def _scale_of(config: Mapping, component: str, layer: str) -> float | None:
     alpha, rank = _pattern(own, "alpha_pattern", layer, own.get("lora_alpha")), _pattern(own, "rank_pattern", layer, own.get("r"))
     if alpha is None or rank is None:
         return None
-    if not all(type(value) in (int, float) and 0 < value < 1e9 for value in (alpha, rank)):
+    if not all(type(value) in (int, float) and value < 1e9 for value in (alpha, rank)) or alpha < 0 or rank <= 0:
         raise _Fault(f"the PEFT config's lora_alpha = {str(alpha)[:40]} and r = {str(rank)[:40]} are not two positive numbers", layer)
     return alpha / (math.sqrt(rank) if own.get("use_rslora") else rank)
 

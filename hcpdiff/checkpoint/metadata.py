@@ -3,12 +3,16 @@
 import re
 from collections.abc import Iterable, Mapping
 
+from torch import Tensor
+
 from ..families.webui import V_PREDICTION, WebuiFamily
 from ..lora_tensors import LoraTensors
 from .format import META_BASE_MODEL, META_BASE_VERSION, META_COMPONENT, META_PREFIX, META_STEP
+from .io import payload_sha256
 
 META_CONVERTER = "hcpdiff.converter"  # marks files that the converter wrote, which it may therefore replace
 HASH = "sshs_model_hash"
+MODEL_HASH = "modelspec.hash_sha256"  # the same digest as the model spec spells it, after 0x
 
 # captions, tags and folder names of whoever trained the file
 _PRIVATE = ("ss_tag_frequency", "ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_datasets", "ss_bucket_info", "ss_dataset_config", "ss_caption")
@@ -17,6 +21,7 @@ META_PREDICTION = META_PREFIX + "prediction_type"
 _OURS = (META_BASE_VERSION, META_BASE_MODEL, META_STEP, META_PREDICTION)  # the rest of ours (settings, versions, format) is true of that file only
 _OF_THE_FILE = ("format", "lora_adapter_metadata")
 _CARRIED = ("ss_", "ssmd_", "modelspec.")
+_PICTURES = ("ssmd_cover", "modelspec.thumbnail")  # their base64 holds what looks like a path
 _PATH = re.compile(r"""(^|[\s"'=\[(])(~?/[^\s"'/]+/|[A-Za-z]:[\\/]|\\\\[^\s\\]|\.{1,2}[\\/])|[^\s:/]\\[^\s"nrtu\\/]""")
 
 
@@ -30,7 +35,7 @@ def carried(metadata: Mapping[str, str], keep_all: bool = False) -> tuple[dict[s
         if key.startswith(META_PREFIX):
             kept.update({key: value} if key in _OURS else {})
             continue
-        private = key.startswith(_PRIVATE) or _PATH.search(value) is not None or not key.startswith(_CARRIED)
+        private = key.startswith(_PRIVATE) or not key.startswith(_CARRIED) or (not key.startswith(_PICTURES) and _PATH.search(value) is not None)
         if private and not keep_all:
             dropped.append(key)
         else:
@@ -55,6 +60,12 @@ def webui_metadata(kept: Mapping[str, str], family: WebuiFamily, version: str, l
     if META_BASE_MODEL in kept:
         entries.setdefault("ss_sd_model_name", re.split(r"[\\/]", kept[META_BASE_MODEL].rstrip("\\/"))[-1])
     return entries
+
+
+def other_metadata(kept: Mapping[str, str], family: WebuiFamily, version: str, name: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Metadata of a file for diffusers or PEFT: base model, and a name; what training wrote of itself stays."""
+    return {**kept, "format": "pt", META_BASE_VERSION: version, "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": family.architecture(version),
+            "modelspec.implementation": "diffusers", "modelspec.title": name, MODEL_HASH: f"0x{payload_sha256(tensors)}", META_CONVERTER: "1"}
 
 
 def our_metadata(kept: Mapping[str, str], version: str | None, component: str) -> dict[str, str]:

@@ -8,13 +8,14 @@ from pathlib import Path
 from ..errors import CheckpointError
 
 SUFFIX = ".safetensors"
+PEFT_WEIGHTS, DIFFUSERS_WEIGHTS = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"  # what PEFT and diffusers call their files
 STEMS = ("unet", "text_encoder", "text_encoder_2")  # names of our weight files before '-<step>', each also the component inside
 _OURS = re.compile(rf"({'|'.join(sorted(STEMS, key=len, reverse=True))})-(.+)\{SUFFIX}")
 
 
 @dataclass(frozen=True)
 class StepFiles:
-    """The weight files of one step: component -> path, and the step as the file names spell it ('100')."""
+    """The weight files of one step: component -> path, and the step as the file names spell it ('100'; '' in a folder of another program)."""
 
     step: str
     parts: dict[str, Path]
@@ -79,17 +80,28 @@ def newest(folder: Path | str) -> StepFiles:
         if steps:
             break
     if not steps:
-        raise CheckpointError(f"{folder} holds no weight files: looked for unet-<step>{SUFFIX} in {' and '.join(map(str, places)) or folder}.")
+        raise CheckpointError(f"{folder} holds no weight files: looked for unet-<step>{SUFFIX} in {' and '.join(map(str, places)) or folder}, and for {DIFFUSERS_WEIGHTS} and "
+                              f"{PEFT_WEIGHTS}.")
     number = max(steps)
     return StepFiles(number[1], {stem: steps[number][stem] for stem in STEMS if stem in steps[number]})
 
 
+def of_others(folder: Path) -> Path | StepFiles | None:
+    """The LoRA of a folder that diffusers or PEFT wrote, with PEFT's also one adapter in a folder for each part; None where it is no such folder."""
+    for name in (DIFFUSERS_WEIGHTS, PEFT_WEIGHTS):
+        if (folder / name).is_file():
+            return folder / name
+    parts = {stem: folder / stem / PEFT_WEIGHTS for stem in STEMS if (folder / stem / PEFT_WEIGHTS).is_file()}
+    return StepFiles("", parts) if parts else None
+
+
 def locate(path: Path | str) -> Path | StepFiles:
-    """`path` itself where it is a file, the newest step where it is a run folder; CheckpointError with near names where it is not there."""
+    """`path` itself where it is a file, the newest step where it is a run folder, the LoRA in a folder of diffusers or PEFT; CheckpointError with near
+    names where it is not there."""
     path = Path(path)
     try:
         if path.is_dir():
-            return newest(path)
+            return newest(path) if (path / "ckpts").is_dir() else of_others(path) or newest(path)
         there = path.exists()
     except OSError as error:  # a name too long, a folder that may not be read
         raise CheckpointError(f"{str(path)[:200]} cannot be read: {error.strerror or error}.") from error

@@ -15,7 +15,7 @@ from .io import write_atomic
 
 NAME = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
-_WEIGHTS = re.compile(r"\.\./\.\./ckpts/[^/\\]+")  # the only files outside that a list may lead to: a run folder may be a stranger's
+_WEIGHTS = re.compile(r"\.\./\.\./(ckpts|webui)/[^/\\]+")  # the only files outside that a list may lead to: a run folder may be a stranger's
 _BROKEN = (errno.ENOENT, errno.EIO, errno.EISDIR, errno.ENOTDIR)  # the file is gone, or the disk cannot give it; others (no permission) are no damage
 
 

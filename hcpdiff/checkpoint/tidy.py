@@ -11,14 +11,15 @@ from . import sums
 from .paths import split_name
 from .resume import STATES, states
 
-CKPTS = "ckpts"
-_WRITTEN = re.compile(rf"{CKPTS}/[^/\\]+\.safetensors")
+CKPTS, WEBUI = "ckpts", "webui"
+_WRITTEN = re.compile(rf"({CKPTS}|{WEBUI})/[^/\\]+\.safetensors")
+_EXPORTED = re.compile(r".+-([0-9]+)\.safetensors")
 _LEFTOVER = re.compile(r"\..+\.\d+\.([0-9a-f]{8}|new|old)\.tmp")  # as write_atomic and save_state name them
 
 
 def remove_leftovers(run: Path) -> int:
     """Deletes the temporary files and folders of saves that were cut off; their number comes back. No other process may be saving here."""
-    found = [path for folder in (run, run / CKPTS, run / STATES) if folder.is_dir() for path in folder.iterdir() if _LEFTOVER.fullmatch(path.name)]
+    found = [path for folder in (run, run / CKPTS, run / WEBUI, run / STATES) if folder.is_dir() for path in folder.iterdir() if _LEFTOVER.fullmatch(path.name)]
     for path in found:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     return len(found)
@@ -30,11 +31,7 @@ def set_aside(run: Path, step: int) -> tuple[Path, list[str]] | None:
 
     The newest go first, so that a run folder left in between still ends with a state that belongs to all before it.
     """
-    newer = [(number, f"{STATES}/{number}") for number in states(run)]
-    for path in (run / CKPTS).iterdir() if (run / CKPTS).is_dir() else ():
-        known = split_name(path)
-        if known and known[1].isdigit() and path.is_file():
-            newer.append((int(known[1]), f"{CKPTS}/{path.name}"))
+    newer = [(number, f"{STATES}/{number}") for number in states(run)] + _numbered(run)
     names = [name for number, name in sorted(newer, reverse=True) if number > step]
     if not names:
         return None
@@ -46,6 +43,16 @@ def set_aside(run: Path, step: int) -> tuple[Path, list[str]] | None:
     except OSError as error:
         raise CheckpointError(f"{run / name} cannot be moved to {folder}: {error.strerror or error}.") from error
     return folder, names
+
+
+def _numbered(run: Path) -> list[tuple[int, str]]:
+    """(step, path below the run folder) of every weight file."""
+    found = []
+    for folder in (CKPTS, WEBUI):
+        for path in (run / folder).iterdir() if (run / folder).is_dir() else ():
+            known = _EXPORTED.fullmatch(path.name) if folder == WEBUI else split_name(path)
+            found += [(int(known[1]), f"{folder}/{path.name}")] if known and known[1].isdigit() and path.is_file() else []
+    return found
 
 
 def _free(folder: Path) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 from .expressions import has_expression
 from .legacy import is_null
 from .merge import merge
-from .overrides import Override
+from .overrides import Override, lengthen
 from .resolve import key_path
 from .shape import Shape, default_of, fields
 from .tree import Map, Node, Origin, Seq, Text, Word, at, dotted, written
@@ -15,7 +15,7 @@ from .walk import origin_of
 
 
 def spell(node: Node, shape: Shape, faults: list[str]) -> None:
-    """Other spellings of keys to the main one, in place."""
+    """Other spellings of keys to the main one, and short forms to long ones, in place."""
     if isinstance(node, Seq):
         for index, item in enumerate(node):
             spell(item, shape.child(index), faults)
@@ -27,7 +27,8 @@ def spell(node: Node, shape: Shape, faults: list[str]) -> None:
             faults.append(f"{name} ({node[name].origin}) and {main} mean the same: keep one")
         elif main != name:
             node[main] = node.pop(name)
-        spell(node.get(main), shape.child(main), faults)
+        node[main] = lengthen(node[main], shape.child(main))
+        spell(node[main], shape.child(main), faults)
 
 
 def complete(tree: Map, given: Sequence[Override], schema: type) -> None:

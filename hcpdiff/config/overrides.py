@@ -10,7 +10,7 @@ from . import expressions, read
 from .merge import merge
 from .resolve import key_path, near
 from .shape import Shape
-from .tree import DELETE, Map, Node, Origin, Seq, Text, Word, at, dotted
+from .tree import DELETE, Map, Node, Origin, Seq, Text, Word, at, dotted, scalar
 
 KEY = re.compile(r"(?![+~])[^\s.\[\]=,{}$]+(\.[^\s.\[\]=,{}$]+|\[\d{1,6}\])*$")
 DEEPEST = 30
@@ -66,10 +66,18 @@ def put(tree: Map, override: Override, shape: Shape, origin: Origin) -> None:
     last = _part(node, override.path[-1], path, shape.at(path))
     if override.value == DELETE:
         return _delete(node, last, path, shape)
-    value = typed(override.value, shape.at((*path, last)), origin)
+    value = lengthen(typed(override.value, shape.at((*path, last)), origin), shape.at((*path, last)))
     if isinstance(value, Map) and isinstance(node, Map) and isinstance(node.get(last), Map):
         value = merge(node[last], value, (*path, last), [])
     node[last] = value
+
+
+def lengthen(node: Any, shape: Shape) -> Any:
+    """true, false or null in the place of a map that has a key for just that (`SHORT`): the map with this key. All else as it is."""
+    short = getattr(shape.record, "SHORT", None)
+    if not short or not isinstance(node, Word) or not (_null(node) or isinstance(scalar(node), bool)):
+        return node
+    return at(Map({short: at(Word("false"), node.origin) if _null(node) else node}), node.origin)
 
 
 def _delete(node: Map | Seq, part: str | int, path: tuple, shape: Shape) -> None:

@@ -14,6 +14,8 @@ from .field import key
 
 MOST_SIDE = 16384  # pixels; beyond these a slip of the keyboard would ask for terabytes
 MOST_PIXELS = MOST_SIDE**2
+FORBIDDEN = frozenset('/\\:*?"<>|')  # characters that some system's file names cannot have
+OPEN_METADATA = ("ss_", "ssmd_", "modelspec.")  # beginnings of header entries that webui and other programs read
 
 
 @dataclass
@@ -100,6 +102,33 @@ class LossConfig:
 
 
 @dataclass
+class ExportConfig:
+    """The file that webui and ComfyUI take, written with each save. `export: true` turns it on."""
+
+    SHORT: ClassVar = "webui"  # true or false in the place of the map is this key's value
+
+    webui: bool = key(False, "Each save also writes webui/<name>-<step>.safetensors in the run folder: UNet and text encoders in one file for AUTOMATIC1111's webui and ComfyUI. "
+                      "train.export: true is short for it.",
+                      "每次保存时，同时在训练文件夹的 webui/ 中写出 <name>-<步数>.safetensors：UNet 与文本编码器合为一个文件，供 AUTOMATIC1111 webui 与 ComfyUI 使用。可简写为 train.export: true。")
+    name: str | None = key(None, "Name of the files and of the LoRA in webui. null: the run folder's name.", "文件名，也是 webui 中 LoRA 的名字。null 取训练文件夹的名字。")
+    save_dtype: Literal["fp32", "fp16", "bf16"] | None = key(None, "Number format of these files. null: as train.save_dtype.", "这些文件的精度。null 与 train.save_dtype 相同。")
+    tag_frequency: bool = key(False, "Write the captions' tags with their counts, and the trigger words, into the file. Whoever gets the file can read them.",
+                              "把标注中的标签及其次数和触发词写入文件。得到该文件的人都能看到。")
+    cover: bool = key(True, "Put a preview picture into the file, where preview.prompts draws some: the first picture of the newest preview. Previews are then drawn before the save.",
+                      "若设置了 preview.prompts，把最近一次预览的第一张图放入文件作为封面；此时先生成预览再保存。")
+    metadata: dict[str, str] = key({}, "Further entries of the file's header, such as modelspec.author; their names begin with ss_, ssmd_ or modelspec.",
+                                   "写入文件头的其他条目，例如 modelspec.author；名字须以 ss_、ssmd_ 或 modelspec. 开头。")
+
+    def check(self) -> Iterator[str]:
+        """A name that is no file's, entries that other programs would not look for."""
+        if self.name is not None and (not self.name.strip(" .") or self.name != self.name.strip() or set(self.name) & FORBIDDEN or any(ord(char) < 32 for char in self.name)):
+            yield f"name = {self.name!r} cannot be a file's name: without / \\ : * ? \" < > | and not empty"
+        for entry in self.metadata:
+            if not entry.startswith(OPEN_METADATA):
+                yield f"metadata: {entry!r} must begin with {', '.join(OPEN_METADATA)}"
+
+
+@dataclass
 class TrainConfig:
     """The training run."""
 
@@ -121,6 +150,7 @@ class TrainConfig:
     on_save_error: Literal["stop", "continue"] = key(
         "stop", "When a save fails (disk full, folder not writable): stop the run, or warn and try again at the next save. The last save of a run must succeed either way.",
         "保存失败（磁盘已满、文件夹不可写）时：stop 停止训练，continue 给出警告并在下次保存时重试。最后一次保存失败总是报错。")
+    export: ExportConfig = key(ExportConfig, "A file for webui and ComfyUI with each save; true turns it on.", "每次保存时另写一个供 webui 与 ComfyUI 使用的文件；true 为开启。")
     max_nonfinite: int = key(10, "Stop (exit code 3) after this many steps in a row with a NaN or infinite loss or gradient; such steps change nothing.",
                              "连续多少步出现 NaN 或无穷时停止（退出码 3）；这些步不会改变权重。", ge=1, unit="steps")
     log_step: int = key(10, "Log every this many steps.", "每多少步记录一次日志。", ge=1, unit="steps")

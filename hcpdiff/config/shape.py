@@ -103,6 +103,7 @@ class Shape:
         words = [names[option] for option in (bool, int, float, str) if option in self.options and not (option is int and float in self.options)]
         words += [f"one of {', '.join(map(str, self.literals))}"] if self.literals else []
         words += ["a list"] if self.holds_list else []
+        words += ["true or false"] if getattr(self.record, "SHORT", None) else []
         words += ["a map"] if self.record or self.map_item is not None else []
         return " or ".join(words + (["null"] if self.nullable else []))
 

@@ -106,6 +106,11 @@ def without_trigger(caption: str, trigger: str) -> tuple[str, bool]:
     return rest.lstrip(" ,;:，、；："), not rest.strip() or rest.lstrip()[0] in ",，"
 
 
+def trigger_words(prompter: "Prompter") -> list[str]:
+    """The trigger words (pt1 ...) that some template of a source puts into its prompts, each once."""
+    return list(dict.fromkeys(prompter.words[name] for template in prompter.templates for name in template.fields if _TRIGGER.match(name)))
+
+
 @dataclass(frozen=True)
 class Prompter:
     """How a source's captions become prompts."""

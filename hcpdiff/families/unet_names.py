@@ -156,6 +156,12 @@ def text_path(path: str) -> str:
     return f"text_model.{path}" if path.startswith(("encoder.", "embeddings.", "final_layer_norm")) else path
 
 
+def installed_path(component: str, path: str) -> str:
+    """A module's path in the model as transformers 5 and diffusers build it: CLIPTextModel (`text_encoder`) is flat there, CLIPTextModelWithProjection
+    (`text_encoder_2`) still has `text_model.`."""
+    return path.removeprefix("text_model.") if component == "text_encoder" else path
+
+
 def known_text_path(path: str) -> bool:
     """Whether a CLIP text encoder of some depth has this Linear layer."""
     return path == "text_projection" or _CLIP_PATH.fullmatch(path) is not None

@@ -16,7 +16,8 @@ class WebuiFamily:
     """One family's names and metadata in webui's LoRA files.
 
     `versions`: values of `ss_base_model_version` -> `modelspec.architecture`. `widths`: what its UNet's text attention takes in. `fused`:
-    text encoders in whose attention webui uses q, k, v and out_proj only when all four are there (they come from open_clip).
+    text encoders in whose attention webui uses q, k, v and out_proj only when all four are there (they come from open_clip). `clip_skip`: webui's number
+    of the text encoder's layer that the family takes when nothing is skipped.
     """
 
     name: str
@@ -29,6 +30,7 @@ class WebuiFamily:
     context_width: int
     text_widths: Mapping[str, int]
     fused: tuple[str, ...] = ()
+    clip_skip: int = 1
     extra: Mapping[str, str] = field(default_factory=dict)
 
     def webui_base(self, component: str, path: str) -> str | None:
@@ -68,7 +70,7 @@ FAMILIES = (
     WebuiFamily("sd2", "Stable Diffusion 2.x", "sd_v2", SD2, False, SD_PREFIXES,
                 {"sd_v2": "stable-diffusion-v2-512/lora", "sd_v2_v": "stable-diffusion-v2-768-v/lora"}, 1024, {TEXT: 1024}, fused=(TEXT,), extra={"ss_v2": "True"}),
     WebuiFamily("sdxl", "Stable Diffusion XL", "sdxl", SDXL, True, {UNET: "lora_unet", TEXT: "lora_te1", TEXT_2: "lora_te2"},
-                {"sdxl_base_v1-0": "stable-diffusion-xl-v1-base/lora"}, 2048, {TEXT: 768, TEXT_2: 1280}, fused=(TEXT_2,), extra={"ss_v2": "False"}),
+                {"sdxl_base_v1-0": "stable-diffusion-xl-v1-base/lora"}, 2048, {TEXT: 768, TEXT_2: 1280}, fused=(TEXT_2,), clip_skip=2, extra={"ss_v2": "False"}),
 )
 BY_NAME = {family.name: family for family in FAMILIES}
 V_PREDICTION = ("sd_v2_v",)  # versions of base models that predict v

@@ -115,6 +115,7 @@ def _type(shape: Shape, names: dict) -> str:
     """A key's type in words."""
     found = [names[kind] for kind in (bool, int, float, str) if kind in shape.options and not (kind is int and float in shape.options)]
     found += [f"`{choice}`" for choice in shape.literals]
+    found += [names[bool]] if getattr(shape.record, "SHORT", None) else []
     found += [names["list"]] if shape.holds_list else []
     found += [names["target"] if shape.key.slot and not shape.holds_list else names["map"]] if shape.record or shape.map_item is not None else []
     return ", ".join(found + ([names["null"]] if shape.nullable else []))

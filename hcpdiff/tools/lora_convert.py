@@ -1,4 +1,4 @@
-"""`python -m hcpdiff.tools.lora_convert`: LoRA files of hcpdiff to webui's form and back, with the result checked before it appears."""
+"""`python -m hcpdiff.tools.lora_convert`: LoRA files from and to hcpdiff, webui, diffusers and PEFT, with the result checked before it appears."""
 
 import argparse
 from pathlib import Path
@@ -15,7 +15,11 @@ EPILOG = """examples:
     python -m hcpdiff.tools.lora_convert --to_webui --lora_path exps/run --dump_path mylora.safetensors --save_dtype fp16
   from webui, PEFT, old diffusers or old hcpdiff files, into a folder:
     python -m hcpdiff.tools.lora_convert --from_webui --lora_path mylora.safetensors --dump_path converted/
+  for pipe.load_lora_weights of diffusers, and for PeftModel.from_pretrained (a folder for each part):
+    python -m hcpdiff.tools.lora_convert --to_diffusers --lora_path exps/run --dump_path for_diffusers/
+    python -m hcpdiff.tools.lora_convert --to_peft --lora_path mylora.safetensors --dump_path for_peft/
 """
+DIRECTIONS = ("to_webui", "from_webui", "to_diffusers", "to_peft")  # none: found from what the file is
 FAMILIES = ("sd1", "sd2", "sdxl")
 SAVE_DTYPES = ("fp32", "fp16", "bf16")
 OPEN_METADATA = ("ss_", "ssmd_", "modelspec.")
@@ -24,19 +28,22 @@ OPEN_METADATA = ("ss_", "ssmd_", "modelspec.")
 def parser() -> cli.Parser:
     """The command's options."""
     options = cli.Parser(prog="python -m hcpdiff.tools.lora_convert", epilog=EPILOG,
-                         description="Converts LoRA between hcpdiff and webui (A1111, ComfyUI, kohya). Reads every usual spelling; checks what it writes.")
+                         description="Converts LoRA between hcpdiff, webui (A1111, ComfyUI, kohya), diffusers and PEFT. Reads every usual spelling; "
+                                     "checks what it writes. Without a direction, files of hcpdiff become webui's, and others hcpdiff's.")
     add = options.add_argument
     add("--to_webui", action="store_true", help="hcpdiff (or any other spelling) to one webui file")
     add("--from_webui", action="store_true", help="webui (or any other spelling) to hcpdiff's files, one for each part")
-    add("--lora_path", metavar="PATH", help="the LoRA: a file, or a run folder (its newest step, all its parts)")
+    add("--to_diffusers", action="store_true", help="any spelling to one file for diffusers' load_lora_weights, every scale inside the factors")
+    add("--to_peft", action="store_true", help="any spelling to PEFT's adapters, a folder for each part (adapter_model.safetensors, adapter_config.json)")
+    add("--lora_path", metavar="PATH", help="the LoRA: a file, a run folder (its newest step, all its parts), or a folder of diffusers or PEFT")
     add("--lora_path_TE", metavar="FILE", nargs="+", default=[], help="the text encoder's file (SDXL: one or two); leave it out if there is none")
-    add("--dump_path", metavar="PATH", help="--to_webui: the file to write; --from_webui: the folder to write into")
+    add("--dump_path", metavar="PATH", help="--to_webui, --to_diffusers: the file to write; --from_webui, --to_peft: the folder to write into")
     add("--auto_scale_alpha", action="store_true", help="accepted, changes nothing: alpha is always written so that webui gets the strength that was trained")
     add("--sdxl", action="store_true", help="the LoRA is for SDXL (found by itself; the flag only confirms it)")
     add("--family", choices=FAMILIES, help="which Stable Diffusion it is for, where names and widths leave it open")
     add("--save_dtype", choices=SAVE_DTYPES, help="store the factors in this type (default: as they are)")
-    add("--name", help="--to_webui: the name in the metadata (default: that of the file); --from_webui: the files are called unet-NAME ...")
-    add("--metadata", metavar="KEY=VALUE", action="append", default=[], help="--to_webui: an entry of the header, such as modelspec.author=me; may be repeated")
+    add("--name", help="the name in the metadata (default: that of the file); --from_webui: the files are called unet-NAME ...")
+    add("--metadata", metavar="KEY=VALUE", action="append", default=[], help="an entry of the header, such as modelspec.author=me; may be repeated (not with --from_webui)")
     add("--keep_metadata", action="store_true", help="also keep captions, tags and folder names that the source's metadata holds")
     add("--overwrite", action="store_true", help="replace a file that this command did not make itself (its own it replaces)")
     return options
@@ -53,9 +60,9 @@ def main(args: argparse.Namespace) -> int:
 
 def _check_options(args: argparse.Namespace) -> None:
     faults = []
-    if args.to_webui == args.from_webui:
-        said = "not both" if args.to_webui else "neither was given"
-        faults.append(f"which way? --to_webui (hcpdiff to webui) or --from_webui (webui to hcpdiff), {said}.")
+    told = [f"--{way}" for way in DIRECTIONS if getattr(args, way)]
+    if len(told) > 1:
+        faults.append(f"which way? {' and '.join(told)} were given, one of them is meant.")
     for option in ("lora_path", "dump_path"):
         if not getattr(args, option):
             faults.append(f"--{option} is missing.")
@@ -65,7 +72,7 @@ def _check_options(args: argparse.Namespace) -> None:
     if args.sdxl and args.family not in (None, "sdxl"):
         faults.append(f"--sdxl and --family {args.family} contradict each other.")
     if args.from_webui and args.metadata:
-        faults.append("--metadata belongs to --to_webui.")
+        faults.append("--metadata is not for --from_webui.")
     for entry in args.metadata:
         key, equals, _ = entry.partition("=")
         if not equals or not key.startswith(OPEN_METADATA):
@@ -96,7 +103,8 @@ def _sources(args: argparse.Namespace) -> tuple[dict[Path, str], list[str]]:
             parts = {stem: path for stem, path in found.parts.items() if option == "--lora_path" or stem != "unet"}
             if option == "--lora_path" and args.lora_path_TE:
                 parts = {stem: path for stem, path in parts.items() if stem == "unet"}
-            warnings.append(f"{value}: step {found.step}, {', '.join(path.name for path in parts.values())}")
+            what = f"step {found.step}" if found.step else "a PEFT folder"
+            warnings.append(f"{value}: {what}, {', '.join(path.name if found.step else f'{stem}/{path.name}' for stem, path in parts.items())}")
             sources.update(dict.fromkeys(parts.values(), option))
         else:
             sources[found] = option

@@ -8,11 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ..checkpoint.convert import DTYPES, Found, Layers, find_family, join
-from ..checkpoint.export import our_path, payload_hash, replaceable, write_ours, write_webui
+from ..checkpoint.export import our_path, payload_hash, replaceable, write_diffusers, write_ours, write_peft, write_webui
 from ..checkpoint.format import META_BASE_VERSION, META_FORMAT, LoraFile, load_lora
 from ..checkpoint.metadata import carried
-from ..checkpoint.paths import SUFFIX, split_name
-from ..checkpoint.spellings import WEBUI_LDM
+from ..checkpoint.paths import DIFFUSERS_WEIGHTS, PEFT_WEIGHTS, SUFFIX, split_name
+from ..checkpoint.peft_form import CONFIG
+from ..checkpoint.spellings import ANCESTOR, OURS, WEBUI, WEBUI_LDM
 from ..errors import CheckpointError
 
 Files = list[tuple[Path, LoraFile]]
@@ -24,6 +25,7 @@ def run(args: argparse.Namespace, sources: Mapping[Path, str], lines: list[str])
     files = _read(sources)
     for path, file in files:
         console.print(f"{path}: {file.spelling} spelling, {', '.join(f'{component} {len(named)} layers' for component, named in file.layers.items())}")
+    direction = _direction(args, files, console)
     for line in [*lines, *(f"{path}: {notice}" for path, file in files for notice in file.notices)]:
         console.print(line)
     layers = join(files)
@@ -32,10 +34,31 @@ def run(args: argparse.Namespace, sources: Mapping[Path, str], lines: list[str])
     console.print(f"family: {found.family.title} ({found.version or found.family.version}), {found.how}")
     if dropped:
         console.print(f"metadata left out (--keep_metadata keeps it): {', '.join(sorted(set(dropped)))}")
-    (_to_webui if args.to_webui else _from_webui)(args, console, files, layers, found, metadata)
+    write = {"to_webui": _to_webui, "from_webui": _from_webui, "to_diffusers": _to_diffusers, "to_peft": _to_peft}[direction]
+    write(args, console, files, layers, found, metadata)
     if args.auto_scale_alpha:
         console.print("--auto_scale_alpha: nothing was left for it to do, alpha / rank is the trained strength with and without it")
     return 0
+
+
+def _direction(args: argparse.Namespace, files: Files, console: Console) -> str:
+    """What the user says, else what the files are: hcpdiff's (of any generation) become webui's, others hcpdiff's; where --dump_path names one file, PEFT's,
+    diffusers' and LyCORIS' become webui's. CheckpointError where that leaves nothing to do."""
+    told = next((way for way in ("to_webui", "from_webui", "to_diffusers", "to_peft") if getattr(args, way)), None)
+    if told:
+        return told
+    spellings = {spelling for _, file in files for spelling in file.spelling.split("+")}
+    if spellings <= {OURS, ANCESTOR}:
+        way, why = "to_webui", "a LoRA of hcpdiff"
+    elif Path(args.dump_path).suffix != SUFFIX:
+        way, why = "from_webui", "another program's LoRA, and a folder to write into"
+    elif spellings & {WEBUI, WEBUI_LDM}:
+        raise CheckpointError(f"which way? {', '.join(str(path) for path, _ in files)} is a webui file and --dump_path {args.dump_path} names one file: --to_webui writes it anew, "
+                              f"--to_diffusers for diffusers; --from_webui and --to_peft want a folder.")
+    else:
+        way, why = "to_webui", "another program's LoRA, and one file to write"
+    console.print(f"direction: --{way} ({why})")
+    return way
 
 
 def _read(sources: Mapping[Path, str]) -> Files:
@@ -68,13 +91,12 @@ def _metadata(files: Files, keep_all: bool) -> tuple[dict[str, str], list[str]]:
 
 
 def _to_webui(args: argparse.Namespace, console: Console, files: Files, layers: Layers, found: Found, metadata: Mapping[str, str]) -> None:
-    path = _webui_path(args, files)
+    path = _file_path(args, args.name or _stem(files))
     if path != Path(args.dump_path):
         console.print(f"--dump_path {args.dump_path} is taken for {path}")
     _may_write([path], files, args.overwrite)
-    extra = dict(entry.split("=", 1) for entry in args.metadata)
     lora = write_webui(path, layers, found.family, found.version or found.family.version, name=args.name or path.stem, kept=metadata,
-                       dtype=DTYPES.get(args.save_dtype), extra=extra)
+                       dtype=DTYPES.get(args.save_dtype), extra=_extra(args))
     _print_table(console, lora.layers)
     if lora.completed:
         console.print(f"{len(lora.completed)} attention layers were added with zero effect, since webui passes over a text-encoder attention of "
@@ -83,13 +105,11 @@ def _to_webui(args: argparse.Namespace, console: Console, files: Files, layers: 
 
 
 def _from_webui(args: argparse.Namespace, console: Console, files: Files, layers: Layers, found: Found, metadata: Mapping[str, str]) -> None:
-    folder = Path(args.dump_path)
-    if folder.suffix == SUFFIX or folder.is_file():
-        raise CheckpointError(f"--dump_path {folder}: with --from_webui this is a folder; the files in it are called unet-NAME{SUFFIX} … (--name).")
+    folder = _folder(args, f"a folder with --from_webui; the files in it are called unet-NAME{SUFFIX} … (--name)")
     ours = [str(path) for path, file in files if META_FORMAT in file.metadata]
     if ours:
-        raise CheckpointError(f"{', '.join(ours)}: already a file of hcpdiff; --to_webui makes webui's of it.")
-    name = args.name or (split_name(files[0][0]) or ("", files[0][0].stem))[1]
+        raise CheckpointError(f"{', '.join(ours)}: already a file of hcpdiff; --to_webui, --to_diffusers and --to_peft make other programs' of it.")
+    name = args.name or (split_name(files[0][0]) or ("", _stem(files)))[1]
     _may_write([our_path(folder, component, name) for component in layers], files, args.overwrite)
     for path in write_ours(folder, layers, found.version, name=name, kept=metadata, dtype=DTYPES.get(args.save_dtype)):
         part = load_lora(path).layers
@@ -97,11 +117,56 @@ def _from_webui(args: argparse.Namespace, console: Console, files: Files, layers
         _print_result(console, path, part, "")
 
 
-def _webui_path(args: argparse.Namespace, files: Files) -> Path:
+def _to_diffusers(args: argparse.Namespace, console: Console, files: Files, layers: Layers, found: Found, metadata: Mapping[str, str]) -> None:
+    path = _file_path(args, args.name or DIFFUSERS_WEIGHTS.removesuffix(SUFFIX))
+    _may_write([path], files, args.overwrite)
+    lora = write_diffusers(path, layers, found.family, found.version or found.family.version, name=args.name or _stem(files), kept=metadata,
+                           dtype=DTYPES.get(args.save_dtype), extra=_extra(args))
+    _print_table(console, layers)
+    if lora.widened:
+        console.print(f"{len(lora.widened)} layers are stored as fp32, since their scale alpha / rank is no power of two and half precision would round it; "
+                      f"--save_dtype chooses another type")
+    _print_result(console, path, layers, "; every alpha is inside the factors, so that it is 1 x up @ down")
+
+
+def _to_peft(args: argparse.Namespace, console: Console, files: Files, layers: Layers, found: Found, metadata: Mapping[str, str]) -> None:
+    folder = _folder(args, f"a folder; the adapters in it are called COMPONENT/{PEFT_WEIGHTS}")
+    paths = [folder / component / PEFT_WEIGHTS for component in layers]
+    _may_write(paths, files, args.overwrite)
+    strangers = [path.with_name(CONFIG) for path in paths if path.with_name(CONFIG).exists() and not path.exists() and not args.overwrite]
+    if strangers:
+        raise CheckpointError([f"{path} exists and was not made by this command; --overwrite replaces it." for path in strangers])
+    written = write_peft(folder, layers, found.family, found.version or found.family.version, name=args.name or _stem(files), kept=metadata,
+                         dtype=DTYPES.get(args.save_dtype), extra=_extra(args))
+    for path, (component, named) in zip(written, layers.items(), strict=True):
+        _print_table(console, {component: named})
+        _print_result(console, path, {component: named}, f"; {CONFIG} beside it holds ranks and alphas")
+
+
+def _extra(args: argparse.Namespace) -> dict[str, str]:
+    return dict(entry.split("=", 1) for entry in args.metadata)
+
+
+def _stem(files: Files) -> str:
+    """A name for what comes of these files: of ours, or of one that has the name that every such file has, the folder's."""
+    path = files[0][0]
+    ours = split_name(path)
+    if ours:
+        return f"lora-{ours[1]}"
+    return path.absolute().parent.name if path.name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS) else path.stem
+
+
+def _folder(args: argparse.Namespace, what: str) -> Path:
+    folder = Path(args.dump_path)
+    if folder.suffix == SUFFIX or folder.is_file():
+        raise CheckpointError(f"--dump_path {folder}: this is {what}.")
+    return folder
+
+
+def _file_path(args: argparse.Namespace, stem: str) -> Path:
     path = Path(args.dump_path)
     if path.is_dir() or args.dump_path.endswith(("/", "\\")):
-        ours = split_name(files[0][0])
-        return path / f"{args.name or (f'lora-{ours[1]}' if ours else files[0][0].stem)}{SUFFIX}"
+        return path / f"{stem}{SUFFIX}"
     if path.suffix in (".pt", ".pth", ".ckpt", ".bin"):
         raise CheckpointError(f"--dump_path {path}: only {SUFFIX} files are written, {path.suffix} is a pickle.")
     return path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)

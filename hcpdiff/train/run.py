@@ -20,6 +20,8 @@ from ..loggers import LoggerGroup
 from ..trainables.lora import LoraTrainable
 from . import report
 from .base import BaseModel
+from .export import WebuiExport, check_export
+from .export_facts import export_facts
 from .hooks import LogHook
 from .init import start_from_files
 from .latents import cache_latents
@@ -154,7 +156,7 @@ class Run:
                 trainable = LoraTrainable(component, groups, component.config_key)
                 collect(faults, lambda: trainable.attach(self.models, self.cfg.seed))
                 self.trainables.append(trainable)
-        for check in (self.base.check_clip_skip, lambda: self.base.objective(self.cfg.train), lambda: check_previews(self.models, self.cfg)):
+        for check in (self.base.check_clip_skip, lambda: self.base.objective(self.cfg.train), lambda: check_previews(self.models, self.cfg), self._check_export):
             collect(faults, check)
         if faults:
             raise ConfigError(faults)
@@ -165,6 +167,9 @@ class Run:
                 lora.to(self.device)  # the optimizer is made of these, before the frozen weights follow
         if self.cfg.model.gradient_checkpointing:
             self.base.checkpoint_gradients([trainable.component.name for trainable in self.trainables])
+
+    def _check_export(self) -> None:
+        check_export(self.cfg.train.export, self.base.family.base_version(self.models), self.trainables)
 
     # -- the trainer ------------------------------------------------------------------------------------------------------------------
 
@@ -223,28 +228,41 @@ class Run:
     def _hooks(self) -> list:
         """Of rank 0 those that write; of every rank its share of the previews."""
         log = LogHook(self.log, self.cfg.train.log_step, self.data.steps_per_epoch)
-        hooks = [log, self._save_hook(log)] if self.parallel.main else []
+        saving, previews = [self._save_hook(log)] if self.parallel.main else [], []
         if self.cfg.preview.prompts:
             drawing = Drawing(self.models, self.cfg, self.data.first_size(), self.frozen, self.parallel, self.stop)
-            hooks.append(PreviewHook(drawing, self.folder, self.cfg.preview.every, self.log, self.parallel))
-        return hooks
+            previews.append(PreviewHook(drawing, self.folder, self.cfg.preview.every, self.log, self.parallel))
+        covered = self.cfg.train.export.webui and self.cfg.train.export.cover  # what is saved first cannot be lost while pictures are drawn; a cover has to be there before
+        return [*([log] if self.parallel.main else []), *(previews + saving if covered else saving + previews)]
 
     def _save_hook(self, log: LogHook) -> SaveHook:
         train, resumed = self.cfg.train, self.place.resumed
         policy = SavePolicy(train.save_step, machine.DTYPES[train.save_dtype], train.keep_states, train.keep_last, train.keep_every, train.on_save_error)
-        return SaveHook(self.folder, self.trainables, self._metadata(), policy, self.described, log, resumed and resumed.state["weights"])
+        return SaveHook(self.folder, self.trainables, self._metadata(), policy, self.described, log, resumed and resumed.state["weights"], self._export(policy.save_dtype))
+
+    def _export(self, dtype: torch.dtype) -> WebuiExport | None:
+        if not self.cfg.train.export.webui:
+            return None
+        facts = export_facts(self.cfg, self.base, self.data, self.trainables, self.total_steps, self.parallel.world, self.described["started"], machine.SHORT[self.dtype])
+        return WebuiExport(self.folder, self.cfg.train.export, self.base.family.base_version(self.models), dtype, facts, self.data.steps_per_epoch)
 
     def _metadata(self) -> dict[str, str]:
-        train = {key: value for key, value in self.loaded.plain["train"].items() if key not in ("resume", "resume_force")}  # a resumed run writes the same files
+        train = {key: value for key, value in self.loaded.plain["train"].items() if key not in ("resume", "resume_force", "export")}  # a resumed run writes the same files
         settings = {"seed": self.cfg.seed, "train": train, **{t.key: self.loaded.plain[t.key] for t in self.trainables}}
         return {"family": self.base.family.name, "base_version": self.base.family.base_version(self.models), "base_model": self.models.name,
-                "base_mark": self.base.marks["unet"], "versions": json.dumps(report.versions()), "settings": json.dumps(settings)}
+                "prediction_type": self.base.prediction, "base_mark": self.base.marks["unet"], "versions": json.dumps(report.versions()), "settings": json.dumps(settings)}
+
+    def _started(self) -> float:
+        """When the training began, in seconds since 1970: also of a resumed run, where its first part noted it."""
+        before = self.place.resumed.state["run"].get("started") if self.place.resumed else None
+        return before or self.loaded.now.timestamp()
 
     @functools.cached_property
     def described(self) -> dict:
         """What `compare` needs to know of this run; of the data as it was at the start, not as it is when a state is saved."""
         alphas = {f"{t.component.name}.{path}": lora.alpha for t in self.trainables for path, lora in t.adapters.items()}
-        return {"versions": report.versions(self.cfg.train.optimizer["_target_"]), "device": machine.describe(self.device), "world": self.parallel.world, "accumulation": self.accumulation,
+        started = {"started": self._started()} if self.cfg.train.export.webui else {}  # else equal runs have equal states
+        return {**started, "versions": report.versions(self.cfg.train.optimizer["_target_"]), "device": machine.describe(self.device), "world": self.parallel.world, "accumulation": self.accumulation,
                 "marks": self.base.marks, "alphas": alphas, "data": data_fingerprint(self.data.datasets), "config": self.loaded.plain}
 
 

@@ -12,6 +12,7 @@ from ..checkpoint.resume import save_state, states
 from ..checkpoint.tidy import CKPTS, drop_weights, surplus
 from ..errors import CheckpointError, NonFiniteError
 from ..lora_tensors import LoraTensors
+from .export import WebuiExport
 from .hooks import LogHook, Periodic
 from .optim import weights_for_use
 from .state import training_state
@@ -38,10 +39,11 @@ class SaveHook(Periodic):
     """
 
     def __init__(self, run: Path, trainables: Sequence, metadata: Mapping[str, str], policy: SavePolicy, described: Mapping[str, Any], log: LogHook,
-                 written: Mapping[str, Mapping[str, str]] | None = None):
+                 written: Mapping[str, Mapping[str, str]] | None = None, export: WebuiExport | None = None):
+        """export: writes a file for webui beside the others, if there is one."""
         super().__init__(policy.save_step)
         self.run, self.trainables, self.metadata, self.policy = run, trainables, metadata, policy
-        self.described, self.log, self.ending = described, log, False
+        self.described, self.log, self.export, self.ending = described, log, export, False
         self.written = {int(step): dict(files) for step, files in (written or {}).items()}
 
     def on_stop(self, trainer: Trainer) -> None:
@@ -74,7 +76,7 @@ class SaveHook(Periodic):
             self.log.logger.say(f"warning: {fault} Training goes on (train.on_save_error: continue). {self._what_is_there()}")
             return
         self.log.logger.say(f"saved {', '.join(str(path) for path in paths)}")
-        for line in self._drop_old():
+        for line in [*(self.export.take_notices() if self.export else ()), *self._drop_old()]:
             self.log.logger.say(line)
 
     def _what_is_there(self) -> str:
@@ -90,6 +92,9 @@ class SaveHook(Periodic):
         for trainable, layers in exports.items():
             name = f"{CKPTS}/{trainable.component.file_stem}-{step}.safetensors"
             files[name] = save_lora(self.run / name, layers, {**self.metadata, "step": str(step), "component": trainable.component.name}, dtype=self.policy.save_dtype)
+        if self.export:
+            name, digest = self.export.write(step, {trainable.component.name: layers for trainable, layers in exports.items()})
+            files[name] = digest
         tree = training_state(trainer, self.trainables) | {"run": self.described, "weights": {str(step): dict(files) for step, files in self.written.items()}}
         save_state(self.run, step, tree, self.policy.keep_states, files)
         return [self.run / name for name in files]
