@@ -122,3 +122,29 @@ def test_every_layer_of_a_folder_is_found(tiny_sd1):
     unet = {name for name, module in UNet2DConditionModel.from_pretrained(tiny_sd1 / "unet").named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))}
     assert {path for component, path in found if component == "unet"} == unet
     assert sum(component == "text_encoder" for component, _ in found) == 18
+
+
+def test_what_other_programs_would_do_wrong_with_it_is_told(info):
+    """Each trap of the loaders that shows in a file: names without text_model_, half an attention in SD2, SDXL that webui hides, strengths that differ, PEFT names."""
+    from hcpdiff.families.unet_names import clip_modules
+
+    from lora_help import SD2, SDXL
+
+    tensors, _ = read_tensors(webui_file("a.safetensors", sd1_layers(1, text=True)))
+    assert "warning" not in info("a.safetensors")[1]
+    save_tensors("bare.safetensors", {key.replace("text_model_", ""): tensor for key, tensor in tensors.items()}, {})
+    assert "pass over 36 text-encoder tensors, whose names lack text_model_" in info("bare.safetensors")[1]
+    mixed = sd1_layers(1)
+    mixed["unet"][next(iter(mixed["unet"]))] = random_lora((16, 768), 1, alpha=7.0)
+    webui_file("mixed.safetensors", mixed)
+    assert "the layers of unet have different strengths" in info("mixed.safetensors")[1]
+    queries = {path: random_lora((1024, 1024), 1) for path in clip_modules(2) if path.endswith("q_proj")}
+    tensors, metadata = read_tensors(webui_file("sd2.safetensors", {"text_encoder": queries}, SD2, "sd_v2"))
+    save_tensors("half.safetensors", {key: tensor for key, tensor in tensors.items() if "q_proj" in key}, metadata)
+    assert "passes over 2 text-encoder attentions" in info("half.safetensors")[1] and "passes over" not in info("sd2.safetensors")[1]
+    path = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    tensors, metadata = read_tensors(webui_file("xl.safetensors", {"unet": {path: random_lora((640, 2048), 1)}}, SDXL, "sdxl_base_v1-0"))
+    save_tensors("hidden.safetensors", tensors, {"ss_note": "x"})
+    assert "hides it while an SDXL model is loaded" in info("hidden.safetensors")[1] and "warning" not in info("xl.safetensors")[1]
+    save_lora("unet-1.safetensors", {path: random_lora((640, 2048), 1)}, {"component": "unet"})
+    assert "want another spelling: lora_convert --to_webui" in info("unet-1.safetensors")[1]

@@ -16,7 +16,7 @@ MODEL_HASH = "modelspec.hash_sha256"  # the same digest as the model spec spells
 
 # captions, tags and folder names of whoever trained the file
 _PRIVATE = ("ss_tag_frequency", "ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_datasets", "ss_bucket_info", "ss_dataset_config", "ss_caption")
-_HASHES = ("sshs_", "modelspec.hash")
+HASHES = ("sshs_", "modelspec.hash")
 META_PREDICTION = META_PREFIX + "prediction_type"
 _OURS = (META_BASE_VERSION, META_BASE_MODEL, META_STEP, META_PREDICTION)  # the rest of ours (settings, versions, format) is true of that file only
 _OF_THE_FILE = ("format", "lora_adapter_metadata")
@@ -30,7 +30,7 @@ def carried(metadata: Mapping[str, str], keep_all: bool = False) -> tuple[dict[s
     names and local paths (unless `keep_all`)."""
     kept, dropped = {}, []
     for key, value in metadata.items():
-        if key.startswith(_HASHES) or key in _OF_THE_FILE:
+        if key.startswith(HASHES) or key in _OF_THE_FILE:
             continue
         if key.startswith(META_PREFIX):
             kept.update({key: value} if key in _OURS else {})

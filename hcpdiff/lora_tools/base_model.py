@@ -127,13 +127,19 @@ def misfits(model: BaseModel, layers: Layers) -> list[str]:
                 lacking.setdefault(component, []).append(path)
             wrong += [f"{component} {path} ({spot.dtype} {spot.shape} in the model, {_full(lora)} in the LoRA)" for spot in spots if not _fits(spot, lora)]
     lines = [f"{len(paths)} of {len(layers[component])} layers of {component} are not in {model.path.name}: {_few(paths)}." for component, paths in lacking.items()]
-    return lines + ([f"{len(wrong)} layers have another shape or type there: {_few(wrong)}."] if wrong else [])
+    return lines + ([f"{len(wrong)} layers have another shape there, or a type that cannot be added to (scaled or quantized): {_few(wrong)}."] if wrong else [])
+
+
+def _scaled(spot: Spot) -> bool:
+    """Whether the weight is stored as small numbers times a scale (scaled fp8)."""
+    base = spot.place.key.removesuffix("weight")
+    return any(f"{base}{name}" in spot.file.header.entries for name in ("scale_weight", "weight_scale", "weight_scale_inv", "weight.absmax"))
 
 
 def _fits(spot: Spot, lora: LoraTensors) -> bool:
     kernel = tuple(lora.down.shape[2:])
     same_kernel = spot.shape[2:] == kernel or {spot.shape[2:], kernel} == {(), (1, 1)}
-    return spot.shape[:2] == _full(lora)[:2] and same_kernel and spot.dtype in FLOATS
+    return spot.shape[:2] == _full(lora)[:2] and same_kernel and spot.dtype in FLOATS and not _scaled(spot)
 
 
 def _full(lora: LoraTensors) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from ..checkpoint.spellings import DOWN, WEBUI_LDM, NotLora, read_key
 from ..errors import CheckpointError
 from .algebra import norm
 from .base_model import BaseModel, misfits
+from .programs import remarks
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def look(path: Path, model: BaseModel | None = None) -> Info:
         return info
     info.spelling, info.warnings = file.spelling, info.warnings + list(file.notices)
     info.layers = [_layer(component, layer, lora) for component, named in file.layers.items() for layer, lora in named.items()]
-    _say_family(info, file)
+    _say_family(info, file, header)
     info.warnings += _effects(info.layers)
     if model is not None:
         _say_fit(info, model, file.layers)
@@ -120,13 +121,14 @@ def _from_header(header: Header) -> list[Layer]:
     return found
 
 
-def _say_family(info: Info, file: LoraFile) -> None:
+def _say_family(info: Info, file: LoraFile, header: Header) -> None:
     try:
         found = find_family(file.layers, file.metadata, ldm_names=WEBUI_LDM in file.spelling)
     except CheckpointError as error:
         info.warnings += error.faults
         return
     info.family, info.version, info.family_from = found.family.title, found.version or "", found.how
+    info.warnings += remarks(file, header.entries, found)
 
 
 def _effects(layers: list[Layer]) -> list[str]:

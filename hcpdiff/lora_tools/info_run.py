@@ -60,14 +60,15 @@ def show(info: Info, out, args: argparse.Namespace, model: str) -> None:
 
 
 def parts_table(info: Info) -> Table:
-    """A row per component: how many layers of which kind; ranks, alphas, scales (alpha / rank); the norm of all deltas and the largest one."""
-    table = Table("part", "layers", "Linear", "1x1", "3x3", "rank", "alpha", "scale", "norm", "max")
+    """A row per component: how many layers, and convolutions of them; ranks, alphas, scales (alpha / rank); the norm of all deltas and the largest one."""
+    table = Table("part", "layers", "1x1", "3x3", "rank", "alpha", "scale", "norm", "max")
+    table.columns[0].no_wrap, table.columns[0].min_width = True, max(map(len, groups(info)))
     for component, layers in groups(info).items():
         kinds = Counter(layer.kind for layer in layers)
         alphas = [layer.alpha for layer in layers if layer.alpha is not None]
         scales = [layer.alpha / layer.rank for layer in layers if layer.alpha is not None and layer.rank]
         norms = [layer.norm for layer in layers if layer.norm is not None]
-        table.add_row(component, str(len(layers)), *(str(kinds.get(kind, 0)) for kind in ("Linear", "1x1", "3x3")), output.span([layer.rank for layer in layers]),
+        table.add_row(component, str(len(layers)), *(str(kinds.get(kind, 0)) for kind in ("1x1", "3x3")), output.span([layer.rank for layer in layers]),
                       output.span(alphas), output.span(scales), f"{math.hypot(*norms):.4g}" if norms else "-", f"{max(norms):.3g}" if norms else "-")
     return table
 

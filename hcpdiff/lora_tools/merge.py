@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, sources: list, lines: list[str]) -> int:
     result = whole if limit == Limit() else {component: {layer: truncated(lora, limit) for layer, lora in named.items()} for component, named in whole.items()}
     dtype = output.narrow(result, (lora for _, _, lora, _ in terms(entries)))
     written = output.write(path, result, found, args, tool=TOOL, dtype=dtype, kept=_kept(entries), made_from=made_from(entries))
-    output.say_residual(out, whole, written)
+    output.say_losses(out, output.losses(whole, written))
     output.say_written(out, path, written)
     return 0
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,34 +102,51 @@ def say_written(out: Console, path: Path, layers: Layers) -> None:
     out.print(f"wrote {path} ({path.stat().st_size / 2**20:.2f} MiB), checked by reading it back: {count} layers; AutoV3 {payload_hash(path)[:12]}")
 
 
-def residuals(before: Layers, after: Layers) -> dict[str, dict[str, float]]:
-    """By how much each layer's delta differs from what it was, as a share of its size (Frobenius); 1 where a layer is gone."""
-    gone = LoraTensors(torch.zeros(0), torch.zeros(0), 0.0)
-    return {component: {path: _residual(lora, after.get(component, {}).get(path, gone)) for path, lora in named.items()} for component, named in before.items()}
+@dataclass(frozen=True)
+class Loss:
+    """What a layer lost: the norm of its change, the norm of what the LoRA differs from that, the LoRA's rank, and the rank before (0: it was dense)."""
+
+    size: float
+    lost: float
+    rank: int
+    rank_before: int = 0
+
+    @property
+    def share(self) -> float:
+        """The residual: what was lost, as a share of the change."""
+        return self.lost / self.size if self.size else 0.0
 
 
-def _residual(before: LoraTensors, after: LoraTensors) -> float:
-    return 1.0 if after.down.numel() == 0 else distance(before, after)
+def losses(before: Layers, after: Layers) -> dict[str, dict[str, Loss]]:
+    """What each layer of `before` lost on the way to `after`, from the factors alone."""
+    return {component: {path: _loss(lora, after.get(component, {}).get(path)) for path, lora in named.items()} for component, named in before.items()}
 
 
-def say_residual(out: Console, before: Layers, after: Layers) -> None:
-    """A row per part: layers, ranks before and after, the share of the part's whole change that was lost; and the layer that lost most."""
-    table = Table("part", "layers", "rank before", "rank after", "residual")
+def _loss(before: LoraTensors, after: LoraTensors | None) -> Loss:
+    size = norm(before)
+    if after is None:
+        return Loss(size, size, 0, before.rank)
+    return Loss(size, distance(before, after) * size if size else 0.0, after.rank, before.rank)
+
+
+def say_losses(out: Console, lost: Mapping[str, Mapping[str, Loss]]) -> None:
+    """A row per part: layers, ranks before and after, the residual of all its layers as one; and the layer that lost most."""
+    was_lora = any(loss.rank_before for layers in lost.values() for loss in layers.values())
+    table = Table("part", "layers", *(["rank before"] if was_lora else []), "rank", "residual")
     worst = (0.0, "")
-    for component, shares in residuals(before, after).items():
-        sizes = {path: norm(lora) for path, lora in before[component].items()}
-        worst = max(worst, *((share, f"{component} {path}") for path, share in shares.items() if sizes[path]))
-        table.add_row(component, str(len(shares)), span([lora.rank for lora in before[component].values()]),
-                      span([lora.rank for lora in after.get(component, {}).values()]), percent(together(shares, sizes)))
+    for component, layers in lost.items():
+        worst = max(worst, *((loss.share, f"{component} {path}") for path, loss in layers.items()))
+        ranks = [[loss.rank_before for loss in layers.values()], [loss.rank for loss in layers.values()]]
+        table.add_row(component, str(len(layers)), *map(span, ranks if was_lora else ranks[1:]), percent(together(list(layers.values()))))
     out.print(table)
     if percent(worst[0]) != "0":
         out.print(f"residual: the norm of what differs over the norm of the change; the largest of a layer is {percent(worst[0])}, {worst[1]}")
 
 
-def together(shares: Mapping[str, float], sizes: Mapping[str, float]) -> float:
-    """The residual of all layers as one: the norm of the differences over the norm of the deltas."""
-    whole = sum(size**2 for size in sizes.values())
-    return (sum((shares[path] * size) ** 2 for path, size in sizes.items() if size) / whole) ** 0.5 if whole else 0.0
+def together(lost: Sequence[Loss]) -> float:
+    """The residual of several layers as one."""
+    size = math.hypot(*(loss.size for loss in lost))
+    return math.hypot(*(loss.lost for loss in lost)) / size if size else 0.0
 
 
 def span(values: Sequence[float]) -> str:
