@@ -31,3 +31,11 @@ def tiny_sd1(tmp_path_factory):
 def tiny_sd2(tmp_path_factory):
     """Folder of a tiny SD2-shaped model (v-prediction)."""
     return _tiny(tmp_path_factory, "sd2")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory):
+    """Folder of a tiny SDXL-shaped model (two text encoders, epsilon)."""
+    from tiny import make_tiny_sdxl
+
+    return make_tiny_sdxl(tmp_path_factory.mktemp("sdxl") / "model")

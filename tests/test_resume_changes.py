@@ -72,8 +72,8 @@ def test_images_and_captions_that_changed_are_named_and_refused_in_one_message_w
     other = make_tiny_sd(tmp_path / "other", seed=1)
     message = refusal(f"model.pretrained_model_name_or_path={other}", "seed=7", "data.one.batch_size=1", "train.gradient_accumulation_steps=2", "lora_unet.0.alpha=1", "model.clip_skip=1")
     for line in ("data.one.source.a: 1 images are new: new.png", "data.one.source.a: 1 images are gone: 0.png", "data.one.source.a: 1 images have other content: 1.png",
-                 "data.one.source.a: 1 images have another caption: 2.png", "the base model's UNet has other weights", "the base model's text encoder has other weights",
-                 "the VAE has other weights", "seed: 42 before, 7 now", "data.one.batch_size: 2 before, 1 now", "alpha of 16 LoRA layers", "2 before, 1 now", "model.clip_skip: 0 before, 1 now",
+                 "data.one.source.a: 1 images have another caption: 2.png", "the unet has other weights", "the text encoder has other weights",
+                 "the vae has other weights", "seed: 42 before, 7 now", "data.one.batch_size: 2 before, 1 now", "alpha of 16 LoRA layers", "2 before, 1 now", "model.clip_skip: 0 before, 1 now",
                  "processes x accumulation: 1 x 1 before, 1 x 2 now; train.gradient_accumulation_steps=1 keeps the images per step", "train.resume_force=true", "model.init_lora=run/ckpts"):
         assert line in message, line
     log = resume(f"model.pretrained_model_name_or_path={other}", "seed=7", "data.one.batch_size=1", "lora_unet.0.alpha=1", "train.resume_force=true")

@@ -14,19 +14,30 @@ ADAPTABLE = (nn.Linear, nn.Conv2d)
 
 @dataclass(frozen=True)
 class Selection:
-    """What one group claims: layer paths in model order, and how many each pattern brought (less those excluded)."""
+    """What one group claims: layer paths in model order, and those that each pattern brought (less those excluded)."""
 
     paths: tuple[str, ...]
-    per_pattern: dict[str, int]
+    by_pattern: dict[str, frozenset[str]]
+
+    @property
+    def per_pattern(self) -> dict[str, int]:
+        """How many layers each pattern brought."""
+        return {pattern: len(paths) for pattern, paths in self.by_pattern.items()}
+
+    def below(self, prefix: str) -> "Selection":
+        """The part of it whose paths begin with `prefix`, without it."""
+        own = tuple(path.removeprefix(prefix) for path in self.paths if path.startswith(prefix))
+        return Selection(own, {pattern: frozenset(path.removeprefix(prefix) for path in paths if path.startswith(prefix)) for pattern, paths in self.by_pattern.items()})
 
 
 def select(model: nn.Module, groups: Sequence[Mapping | object], where: str, aliases: Callable[[str], Sequence[str]] = lambda path: (path,)) -> list[Selection]:
     """One Selection per group; every Linear and Conv2d at or inside a match of `layers`, less `exclude`.
 
-    `where` is the config key (`lora_unet`). `aliases(path)` gives the names under which a module may be named. Patterns that match nothing,
+    `where` is the config key (`lora_unet`). `aliases(path)` gives the names under which a module may be named; one without a name is none of those that a pattern
+    can mean. Patterns that match nothing,
     broken expressions and layers that two groups claim are all reported in one LayerMatchError.
     """
-    names = {path: aliases(path) for path, _ in model.named_modules() if path}
+    names = {path: known for path, _ in model.named_modules() if path and (known := aliases(path))}
     leaves = [path for path, module in model.named_modules() if path and isinstance(module, ADAPTABLE)]
     faults: list[str] = []
     selections = []
@@ -37,7 +48,7 @@ def select(model: nn.Module, groups: Sequence[Mapping | object], where: str, ali
         wanted = set().union(*counts.values()) - dropped if counts else set()
         if counts and not wanted and not faults:
             faults.append(f"{key}: exclude leaves none of the {len(set().union(*counts.values()))} layers that layers names.")
-        selections.append(Selection(tuple(path for path in leaves if path in wanted), {p: len(c - dropped) for p, c in counts.items()}))
+        selections.append(Selection(tuple(path for path in leaves if path in wanted), {p: frozenset(c - dropped) for p, c in counts.items()}))
     faults += _overlaps(selections, where)
     if faults:
         raise LayerMatchError(faults)

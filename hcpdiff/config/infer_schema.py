@@ -89,8 +89,8 @@ class InferConfig:
         "提示词语法。hcp：`{文本:1.2}`；webui：`(文本:1.2)`、`[文本]`、`BREAK`、`<lora:名字:0.8>`；plain：不含权重。")
     N_repeats: int | Literal["auto"] = key("auto", "Chunks of 75 tokens a prompt may fill; auto: as many as it needs.",
                                            "提示词可占用的 75 token 段数；auto 为按需。", ge=1, le=64, unit="75 tokens")
-    clip_skip: int = key(0, "How many of the text encoder's last layers to skip; 0 = use the last layer (webui's 1).",
-                         "跳过文本编码器最后几层；0 表示用最后一层（即 webui 的 1）。", ge=0)
+    clip_skip: int = key(0, "How many of the text encoder's last layers to skip; 0 = use the last layer (webui's 1). SDXL never uses the last and counts from the one before.",
+                         "跳过文本编码器最后几层；0 表示用最后一层（即 webui 的 1）。SDXL 固定使用倒数第二层并从那里起算。", ge=0)
     emb_dir: str | None = key("embs", "Folder of embeddings (.pt, .bin, .safetensors); a word of a prompt that has a file's name becomes its vectors.",
                               "embedding 文件夹（.pt、.bin、.safetensors）；提示词中与文件同名的词会替换为其向量。", path=True)
 

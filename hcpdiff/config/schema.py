@@ -58,8 +58,8 @@ class ModelConfig:
     variant: str | None = key(None, "Weight variant on the hub or in the folder, such as fp16.", "权重变体，例如 fp16。")
     vae: str | None = key(None, "Another VAE in diffusers format: a folder or hub id.", "替换 VAE：文件夹或模型名（diffusers 格式）。", exists="model")
     tokenizer_repeats: int = key(1, "How many chunks of 75 tokens a prompt may fill.", "提示词长度的倍数，1 倍为 75 个 token。", ge=1, le=16, unit="75 tokens")
-    clip_skip: int = key(0, "How many of the text encoder's last layers to skip; 0 = use the last layer (webui's 1).",
-                         "跳过文本编码器最后几层；0 表示用最后一层（即 webui 的 1）。", ge=0)
+    clip_skip: int = key(0, "How many of the text encoder's last layers to skip; 0 = use the last layer (webui's 1). SDXL never uses the last and counts from the one before: "
+                         "0 is right for it.", "跳过文本编码器最后几层；0 表示用最后一层（即 webui 的 1）。SDXL 固定使用倒数第二层并从那里起算，保持 0 即可。", ge=0)
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, one more forward pass a step.",
                                        "反向传播时重新计算激活值：省显存，每步多一次前向计算。")
     attention: Literal["auto", "sdpa", "xformers", "eager"] = key(
@@ -70,7 +70,8 @@ class ModelConfig:
                                        "训练用的噪声调度器（_target_）。null 用底模自带的。", slot="noise_scheduler")
     init_lora: str | None = key(None, "Start the UNet's LoRA from this file (ours, webui/kohya, PEFT, ancestor). A file that holds the text encoder's too starts both.",
                                 "UNet 的 LoRA 从该文件继续训练（支持本框架、webui/kohya、PEFT 与旧版格式）；文件中含文本编码器部分时一并载入。", path=True, exists="file")
-    init_lora_TE: str | None = key(None, "Start the text encoder's LoRA from this file.", "文本编码器的 LoRA 从该文件继续训练。", path=True, exists="file")
+    init_lora_TE: str | list[str] | None = key(None, "Start the text encoder's LoRA from this file; SDXL has two encoders, and a list takes a file for each.",
+                                               "文本编码器的 LoRA 从该文件继续训练；SDXL 有两个文本编码器，可用列表各给一个文件。", path=True, exists="file")
 
 
 @dataclass
@@ -291,7 +292,9 @@ class RunConfig:
     allow_tf32: bool = key(True, "TF32 matrix products on NVIDIA GPUs.", "在 NVIDIA GPU 上使用 TF32。")
     model: ModelConfig = key(doc="The base model.", zh="底模。")
     lora_unet: list[LoraGroup] | None = key(None, "LoRA groups of the UNet. null: none.", "UNet 的 LoRA 分组；null 为不加。")
-    lora_text_encoder: list[LoraGroup] | None = key(None, "LoRA groups of the text encoder. null: it is not trained.", "文本编码器的 LoRA 分组；null 为不训练。")
+    lora_text_encoder: list[LoraGroup] | None = key(
+        None, "LoRA groups of the text encoder. null: it is not trained. SDXL has two: a pattern that begins with te1. or te2. is for one of them, any other for both.",
+        "文本编码器的 LoRA 分组；null 为不训练。SDXL 有两个文本编码器：以 te1. 或 te2. 开头的写法只匹配其中一个，其余同时匹配两个。")
     train: TrainConfig = key(doc="The run.", zh="训练设置。")
     data: dict[str, DatasetConfig] = key(doc="The datasets, by a name of your choice; the first one counts the epochs.", zh="数据集，名字自定；轮数以第一个为准。")
     logger: list[dict] = key([{"_target_": "hcpdiff.loggers.ConsoleLogger"}, {"_target_": "hcpdiff.loggers.FileLogger"}, {"_target_": "hcpdiff.loggers.TensorBoardLogger"}],

@@ -12,7 +12,8 @@ from .source import MODEL_KEY
 if TYPE_CHECKING:
     from .base import Family
 
-FAMILIES = {"StableDiffusionPipeline": "sd.StableDiffusion"}  # class in model_index.json -> module and class here, imported when needed
+# class in model_index.json -> module and class here, imported when needed
+FAMILIES = {"StableDiffusionPipeline": "sd.StableDiffusion", "StableDiffusionXLPipeline": "sdxl.StableDiffusionXL"}
 
 
 def detect(folder: Path | Place, key: str = MODEL_KEY) -> "Family":
@@ -24,7 +25,7 @@ def detect(folder: Path | Place, key: str = MODEL_KEY) -> "Family":
 def _pipeline(place: Place, key: str) -> str:
     pipeline = place.pipeline(key)
     if not isinstance(pipeline, str) or pipeline not in FAMILIES:
-        raise ConfigError(f"{key} = {str(place.path)!r} is a {str(pipeline)[:80]}; supported: {', '.join(FAMILIES)} (Stable Diffusion 1.x and 2.x).")
+        raise ConfigError(f"{key} = {str(place.path)!r} is a {str(pipeline)[:80]}; supported: {', '.join(FAMILIES)} (Stable Diffusion 1.x, 2.x and XL).")
     return pipeline
 
 

@@ -14,20 +14,27 @@ from torch import Tensor, nn
 
 from .place import Place
 
+DENOISER, TEXT = "denoiser", "text"  # roles of a component
+
 
 @dataclass(frozen=True)
 class Component:
-    """A part that can be trained: its attribute name, its config key, the stem of its files, its prefix in a webui file."""
+    """A part that can be trained: its attribute name, its config key, the stem of its files, its prefix in a webui file, its role.
+
+    Several parts may share a config key; `alias` is then what a pattern begins with that is for this one alone.
+    """
 
     name: str
     config_key: str
     file_stem: str
     webui_prefix: str
+    role: str = DENOISER
+    alias: str = ""
 
 
 @dataclass
 class Models:
-    """A loaded base model. `modules` holds what was asked for: unet, text_encoder, vae ...; a part may be let go with `drop`."""
+    """A loaded base model. `modules` holds what was asked for: unet, text_encoder, vae ...; `tokenizers` are in the order of the text encoders."""
 
     family: Family
     folder: Path
@@ -97,11 +104,12 @@ class Family(Protocol):
     """What the trainer, the visualizer and the converter ask of a model family. Stateless; state is in Models."""
 
     name: str
+    pipeline: str
     components: tuple[Component, ...]
 
-    def load(self, folder: Path | Place, name: str, parts: Sequence[str], dtype: torch.dtype, vae: str | None = None, variant: str | None = None,
+    def load(self, folder: Path | Place, name: str, parts: Sequence[str] | None, dtype: torch.dtype, vae: str | None = None, variant: str | None = None,
              key: str = ...) -> Models:
-        """Reads the named parts, frozen and in eval mode, on the CPU in `dtype` (the VAE in fp32); errors name `key`."""
+        """Reads the named parts (None: all), frozen and in eval mode, on the CPU in `dtype` (the VAE in fp32); errors name `key`."""
 
     def check(self, folder: Path | Place, parts: Sequence[str] = ..., vae: str | None = None, key: str = ...) -> None:
         """ConfigError that names every missing file of the parts."""
@@ -110,7 +118,7 @@ class Family(Protocol):
         """(pixels per latent cell and side, latent channels) of a base model."""
 
     def aliases(self, component: str, path: str) -> tuple[str, ...]:
-        """The names under which a module of a component may be called in a pattern."""
+        """The names under which a module of a component may be called in a pattern; path '' is the component itself."""
 
     def file_path(self, component: str, path: str) -> str:
         """A module path as files spell it."""
@@ -127,6 +135,9 @@ class Family(Protocol):
     def count_tokens(self, models: Models, prompt: str) -> int:
         """Tokens of a prompt, without BOS and EOS."""
 
+    def most_clip_skip(self, models: Models) -> int:
+        """The largest clip_skip that the text encoders allow."""
+
     def encode_text(self, models: Models, tokens: Tokens, clip_skip: int = 0) -> Conditioning:
         """Token ids -> what the denoiser is conditioned on."""
 
@@ -141,6 +152,21 @@ class Family(Protocol):
 
     def base_version(self, models: Models) -> str:
         """What webui calls this base model, such as sd_v1."""
+
+
+def component_of(family: Family, name: str) -> Component:
+    """The family's component of that name."""
+    return next(component for component in family.components if component.name == name)
+
+
+def denoiser_of(family: Family) -> Component:
+    """The component that denoises."""
+    return next(component for component in family.components if component.role == DENOISER)
+
+
+def text_components(family: Family) -> list[Component]:
+    """The text encoders, in the order in which their outputs are laid side by side."""
+    return [component for component in family.components if component.role == TEXT]
 
 
 def fingerprint(module: nn.Module) -> str:

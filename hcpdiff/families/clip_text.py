@@ -46,6 +46,12 @@ def encode_chunks(text_encoder: nn.Module, ids: Tensor, clip_skip: int = 0) -> T
     return hidden.reshape(batch, chunks * length, -1)
 
 
+def states_of(text_encoder: nn.Module, ids: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """ids (B, R, 77) -> (hidden states (B * R, 77, D) before and after every layer, the last one through the final norm (B, R, 77, D))."""
+    out = text_encoder(ids.flatten(0, 1), output_hidden_states=True)
+    return out.hidden_states, out.last_hidden_state.unflatten(0, ids.shape[:2])
+
+
 def body(text_encoder: nn.Module) -> nn.Module:
     """The transformer itself: transformers 5 has it flat in CLIPTextModel, below `text_model` elsewhere."""
     return getattr(text_encoder, "text_model", text_encoder)

@@ -11,6 +11,7 @@ from ..errors import ConfigError
 # Withdrawn from the hub in 2024; the same weights live on under the second name.
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 MODEL_KEY = "model.pretrained_model_name_or_path"  # the trainer's; the visualizer names its own
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")  # of all families
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 
@@ -129,7 +130,7 @@ def read_index(folder: Path, key: str = MODEL_KEY) -> dict:
 
 def parts_of(folder: Path) -> list[str]:
     """The parts that are needed of those that model_index.json names."""
-    return [part for part, value in read_index(folder).items() if part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") and value]
+    return [part for part, value in read_index(folder).items() if part in PARTS and value]
 
 
 def read_json(path: Path) -> dict:

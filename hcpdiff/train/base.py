@@ -10,9 +10,11 @@ from ..config.schema import ModelConfig, TrainConfig
 from ..diffusion.objective import PREDICTIONS, DiscreteObjective
 from ..errors import ConfigError
 from ..families import detect
-from ..families.base import Models, fingerprint
+from ..families.base import Models, denoiser_of, fingerprint
 from ..families.place import open_place
 from ..families.source import resolve
+
+NO_SIGNAL = 1e-6  # alphas_cumprod of a last step that holds noise alone; of SD's usual schedule it is 0.0047
 
 
 class BaseModel:
@@ -32,8 +34,7 @@ class BaseModel:
 
     def load(self, dtype: torch.dtype, allow: Sequence[str]) -> Models:
         """Reads every part; `marks` hold part -> digest of its weights from then on."""
-        parts = [*(component.name for component in self.family.components), "vae"]
-        self.models = self.family.load(self.place, self._name(), parts, dtype, self.config.vae, self.config.variant)
+        self.models = self.family.load(self.place, self._name(), None, dtype, self.config.vae, self.config.variant)
         self._set_scheduler(allow)
         self.marks = {component.name: self.place.mark(component.name) for component in self.family.components} | {"vae": fingerprint(self.models.vae)}
         return self.models
@@ -65,16 +66,20 @@ class BaseModel:
         top = train.max_timestep or len(alphas)
         if not train.min_timestep < top <= len(alphas):
             raise ConfigError(f"train.min_timestep = {train.min_timestep}, train.max_timestep = {train.max_timestep}: 0 <= min < max <= {len(alphas)} must hold.")
+        if self.prediction == "epsilon" and alphas[-1] <= NO_SIGNAL:
+            raise ConfigError("the noise schedule ends without signal (rescale_betas_zero_snr: zero terminal SNR), but the model is to predict epsilon: at the last step noise is "
+                              "all there is, so nothing is learnt from it. Set model.prediction_type=v_prediction if the model was made for it, or give "
+                              "model.noise_scheduler a schedule without rescale_betas_zero_snr.")
         return DiscreteObjective(alphas, self.prediction, train.min_timestep, top)
 
     def check_clip_skip(self) -> None:
         """ConfigError where more layers are to be left out than there are."""
-        layers = self.models.text_encoder.config.num_hidden_layers
-        if self.config.clip_skip >= layers:
-            raise ConfigError(f"model.clip_skip = {self.config.clip_skip}: the text encoder has {layers} layers.")
+        most = self.family.most_clip_skip(self.models)
+        if self.config.clip_skip > most:
+            raise ConfigError(f"model.clip_skip = {self.config.clip_skip}: the text encoder has layers for at most {most}.")
 
     def checkpoint_gradients(self, trained: Sequence[str]) -> None:
-        """Activations are computed again in the backward pass, of every part that it goes through: the UNet always, and what is trained."""
-        for name in dict.fromkeys(["unet", *trained]):
+        """Activations are computed again in the backward pass, of every part that it goes through: the denoiser always, and what is trained."""
+        for name in dict.fromkeys([denoiser_of(self.family).name, *trained]):
             self.family.checkpointing(self.models, name)
             self.models.modules[name].train()  # the libraries recompute in train mode only; SD has no dropout of its own

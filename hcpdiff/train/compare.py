@@ -15,7 +15,6 @@ DECISIVE = re.compile(r"""
     | data\.[^.]+\.source\.[^.]+\.(word_names\b.* | repeats | tag_shuffle | keep_tokens | tag_dropout | caption_dropout | prompt_dropout | flip | bg_color)
 """, re.VERBOSE)
 NO_MATTER = re.compile(r"exp_dir | train\.resume | train\.resume_force", re.VERBOSE)
-PARTS = {"unet": "the base model's UNet", "text_encoder": "the base model's text encoder", "vae": "the VAE"}
 
 
 @dataclass
@@ -32,7 +31,7 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     found = Changes()
     for part, mark in now["marks"].items():
         if saved["marks"].get(part) != mark:
-            found.refused.append(f"{PARTS.get(part, part)} has other weights")
+            found.refused.append(f"the {part.replace('_', ' ')} has other weights")
     found.refused += data_changes(saved["data"], now["data"])
     _images_per_step(saved, now, found)
     other = [path for path, alpha in now["alphas"].items() if saved["alphas"].get(path, alpha) != alpha]

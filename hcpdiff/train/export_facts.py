@@ -13,6 +13,7 @@ from ..config.schema import RunConfig
 from ..data import summary
 from ..data.dataset import TrainData
 from ..families import webui
+from ..families.base import DENOISER
 from ..trainables.lora import LoraTrainable
 from .base import BaseModel
 
@@ -42,8 +43,8 @@ def _steps(warmup: int | float, total: int) -> int:
 
 def _rates(cfg: RunConfig, trainables: Sequence[LoraTrainable]) -> dict[str, str]:
     """Learning rates and dropout; one number where all groups have the same, else the list."""
-    of_unet = [group.lr for t in trainables if "unet" in t.touches for group in t.groups]
-    of_text = [group.lr for t in trainables if "unet" not in t.touches for group in t.groups]
+    of_unet = [group.lr for t in trainables if DENOISER in t.touches for group in t.groups]
+    of_text = [group.lr for t in trainables if DENOISER not in t.touches for group in t.groups]
     dropouts = [group.dropout for t in trainables for group in t.groups]
     return {"ss_unet_lr": _one_or_all(of_unet), "ss_text_encoder_lr": _one_or_all(of_text), "ss_learning_rate": _one_or_all(of_unet or of_text),
             "ss_network_dropout": _one_or_all(dropouts) if any(dropouts) else "None"}

@@ -5,25 +5,35 @@ from collections.abc import Sequence
 from ..checkpoint.format import load_lora
 from ..config.schema import ModelConfig
 from ..errors import ConfigError
+from ..families.base import DENOISER, TEXT
 from ..trainables.lora import LoraTrainable
 
 
 def start_from_files(model: ModelConfig, trainables: Sequence[LoraTrainable]) -> list[str]:
     """Loads the files that the config names; lines for the log. One file may hold both parts (webui); what the run has no place for is an error or is said."""
-    by_name, lines = {trainable.component.name: trainable for trainable in trainables}, []
-    for key, name in (("init_lora", "unet"), ("init_lora_TE", "text_encoder")):
-        path = getattr(model, key)
-        if not path:
-            continue
-        if name not in by_name:
-            raise ConfigError(f"model.{key} = {path!r}, but lora_{name} is null: nothing would be done with it.")
+    wanted = [("init_lora", DENOISER, path) for path in _paths(model.init_lora)] + [("init_lora_TE", TEXT, path) for path in _paths(model.init_lora_TE)]
+    lines: list[str] = []
+    taken: dict[str, str] = {}  # component -> the file that it starts from
+    for key, role, path in wanted:
+        own = {trainable.component.name: trainable for trainable in trainables if trainable.component.role == role}
+        if not own:
+            raise ConfigError(f"model.{key} = {path!r}, but {'lora_unet' if role == DENOISER else 'lora_text_encoder'} is null: nothing would be done with it.")
         file = load_lora(path)
-        if not file.layers.get(name):
-            raise ConfigError(f"model.{key} = {path!r} holds no LoRA of the {name}.")
-        for other, layers in file.layers.items():
-            if other == name or (key == "init_lora" and other in by_name and not model.init_lora_TE):
-                lines += by_name[other].load(layers, path)
-            else:
-                lines.append(f"note: {path}: its {len(layers)} layers of the {other} are not used.")
-            lines += file.notices if other == name else ()
+        if not set(own) & set(file.layers):
+            raise ConfigError(f"model.{key} = {path!r} holds no LoRA of the {' or '.join(own)}; it holds one of {' and '.join(file.layers) or 'nothing'}.")
+        if role == DENOISER and not model.init_lora_TE:
+            own = {trainable.component.name: trainable for trainable in trainables}
+        for name, layers in file.layers.items():
+            if name not in own:
+                lines.append(f"note: {path}: its {len(layers)} layers of the {name} are not used.")
+                continue
+            if name in taken:
+                raise ConfigError(f"model.{key}: {taken[name]} and {path} both hold a LoRA of the {name}; name one of them.")
+            taken[name] = path
+            lines += own[name].load(layers, path)
+        lines += file.notices
     return lines
+
+
+def _paths(value: str | Sequence[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())

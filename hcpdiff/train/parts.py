@@ -7,6 +7,7 @@ import torch
 from ..config.build import build
 from ..config.schema import RunConfig, TrainConfig
 from ..data.dataset import TrainData
+from ..families.base import TEXT
 from ..loss import make_loss
 from ..trainables.lora import LoraTrainable, ParamGroup
 from .base import BaseModel
@@ -18,7 +19,7 @@ from .step import DenoisingStep
 
 def learns_text(trainables: Sequence[LoraTrainable]) -> bool:
     """Whether prompts mean something else after each step."""
-    return any("text" in trainable.touches for trainable in trainables)
+    return any(TEXT in trainable.touches for trainable in trainables)
 
 
 def make_gradients(groups: Sequence[ParamGroup], cfg: RunConfig, parallel: Parallel) -> Gradients:

@@ -16,8 +16,9 @@ from ..data.dataset import build_train_data
 from ..data.fingerprint import fingerprint as data_fingerprint
 from ..data.plan import Position
 from ..errors import ConfigError, HCPError, Interrupted
+from ..families.base import denoiser_of
 from ..loggers import LoggerGroup
-from ..trainables.lora import LoraTrainable
+from ..trainables.lora import lay_groups
 from . import report
 from .base import BaseModel
 from .export import WebuiExport, check_export
@@ -146,16 +147,14 @@ class Run:
     def _load_model(self) -> None:
         self.phase = "loading the model"
         self.models = self.base.load(self.dtype, self.allow)
-        self.attention = machine.set_attention(self.models.unet, self.cfg.model.attention, "model.attention")
+        self.attention = machine.set_attention(self.models.modules[denoiser_of(self.base.family).name], self.cfg.model.attention, "model.attention")
 
     def _attach_adapters(self) -> None:
         self.trainables, faults = [], []
-        for component in self.base.family.components:
-            groups = getattr(self.cfg, component.config_key)
+        for key in dict.fromkeys(component.config_key for component in self.base.family.components):
+            groups = getattr(self.cfg, key)
             if groups:
-                trainable = LoraTrainable(component, groups, component.config_key)
-                collect(faults, lambda: trainable.attach(self.models, self.cfg.seed))
-                self.trainables.append(trainable)
+                collect(faults, lambda: self.trainables.extend(lay_groups(self.models, key, groups, self.cfg.seed)))
         for check in (self.base.check_clip_skip, lambda: self.base.objective(self.cfg.train), lambda: check_previews(self.models, self.cfg), self._check_export):
             collect(faults, check)
         if faults:
@@ -214,8 +213,8 @@ class Run:
         self.phase = "encoding latents"
         cache_latents(self.data, self.models, self.base.marks["vae"], self.parallel, bool(self.cfg.preview.prompts), self.log.say)
         self.phase = "moving the model to the device"
-        for part in ("unet", "text_encoder"):
-            self.models.modules[part].to(self.device)
+        for component in self.base.family.components:
+            self.models.modules[component.name].to(self.device)
 
     # -- the folder and what is made in it --------------------------------------------------------------------------------------------
 
@@ -250,12 +249,8 @@ class Run:
         train = {key: value for key, value in self.loaded.plain["train"].items() if key not in ("resume", "resume_force", "export")}  # a resumed run writes the same files
         settings = {"seed": self.cfg.seed, "train": train, **{t.key: self.loaded.plain[t.key] for t in self.trainables}}
         return {"family": self.base.family.name, "base_version": self.base.family.base_version(self.models), "base_model": self.models.name,
-                "prediction_type": self.base.prediction, "base_mark": self.base.marks["unet"], "versions": json.dumps(report.versions()), "settings": json.dumps(settings)}
-
-    def _started(self) -> float:
-        """When the training began, in seconds since 1970: also of a resumed run, where its first part noted it."""
-        before = self.place.resumed.state["run"].get("started") if self.place.resumed else None
-        return before or self.loaded.now.timestamp()
+                "prediction_type": self.base.prediction, "base_mark": self.base.marks[denoiser_of(self.base.family).name], "versions": json.dumps(report.versions()),
+                "settings": json.dumps(settings)}
 
     @functools.cached_property
     def described(self) -> dict:

@@ -26,7 +26,7 @@ def training_state(trainer: Trainer, trainables: Sequence) -> dict[str, Any]:
 
 def layout(trainables: Sequence) -> list[list[str]]:
     """Which layers each parameter group holds, in order: optimizer state knows its parameters by place only."""
-    return [[path for path in t.adapters if t.group_of[path] == index] for t in trainables for index in range(len(t.groups))]
+    return [[path for path in t.adapters if t.group_of[path] == index] for t in trainables for index in sorted(set(t.group_of.values()))]
 
 
 def restore(trainer: Trainer, trainables: Sequence, state: Mapping[str, Any], position: Callable, options: frozenset[str] = frozenset()) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from ..adapters.attach import resolve_path
 from ..adapters.base import put
 from ..adapters.lora import Lora
-from ..adapters.select import select
+from ..adapters.select import Selection, select
 from ..errors import CheckpointError, ConfigError
 from ..families.base import Component, Models
 from ..lora_tensors import LoraTensors
@@ -25,31 +25,57 @@ class ParamGroup:
     parameters: tuple[nn.Parameter, ...]
 
 
-class LoraTrainable:
-    """The `lora_unet` or `lora_text_encoder` list of a config, laid on its component.
+def lay_groups(models: Models, key: str, groups: Sequence, seed: int) -> list["LoraTrainable"]:
+    """A config key's groups on every component that the key is for; components that no pattern names have none.
 
-    `touches` is 'unet' or 'text': outputs of what is touched must not be cached.
+    Whether a pattern matches nothing, and whether two groups claim a layer, is judged over all of the components together.
+    """
+    made = [LoraTrainable(component, groups, key) for component in models.family.components if component.config_key == key]
+    for trainable, selections in zip(made, choose(models, [trainable.component for trainable in made], groups, key)):
+        trainable.lay(models, selections, seed)
+    return [trainable for trainable in made if trainable.adapters]
+
+
+def choose(models: Models, components: Sequence[Component], groups: Sequence, key: str) -> list[list[Selection]]:
+    """Per component, what each group claims of it."""
+    together = nn.ModuleDict({component.name: models.modules[component.name] for component in components})
+
+    def aliases(path: str) -> tuple[str, ...]:
+        name, _, rest = path.partition(".")
+        return models.family.aliases(name, rest)
+
+    selections = select(together, groups, key, aliases)
+    return [[selection.below(f"{component.name}.") for selection in selections] for component in components]
+
+
+class LoraTrainable:
+    """The groups of a config key, such as `lora_unet`, laid on one component.
+
+    `touches` is the component's role, 'denoiser' or 'text': outputs of what is touched must not be cached.
     """
 
     def __init__(self, component: Component, groups: Sequence, key: str):
         self.component, self.groups, self.key = component, groups, key
-        self.touches = {"unet" if component.name == "unet" else "text"}
+        self.touches = {component.role}
         self.adapters: dict[str, Lora] = {}  # model path -> adapter
         self.group_of: dict[str, int] = {}
         self.selections = []
 
     def attach(self, models: Models, seed: int) -> None:
-        """Finds the layers and lays fresh adapters beside them; call before the model moves to its device."""
-        family, name = models.family, self.component.name
-        model = models.modules[name]
-        self.selections = select(model, self.groups, self.key, lambda path: family.aliases(name, path))
-        self.file_path = lambda path: family.file_path(name, path)
+        """Finds the layers of this component alone and lays fresh adapters beside them."""
+        self.lay(models, choose(models, [self.component], self.groups, self.key)[0], seed)
+
+    def lay(self, models: Models, selections: list[Selection], seed: int) -> None:
+        """Lays fresh adapters beside the selected layers; call before the model moves to its device."""
+        name = self.component.name
+        model, self.selections = models.modules[name], selections
+        self.file_path = lambda path: models.family.file_path(name, path)
         for index, (group, selection) in enumerate(zip(self.groups, self.selections)):
             for path in selection.paths:
                 layer = model.get_submodule(path)
                 lora = Lora(layer, self._rank(group, layer, index), 0.0, group.dropout)
                 lora.alpha = float(lora.rank if group.alpha is None else group.alpha)
-                draws = generator(seed, "lora", self.file_path(path)).random(lora.down.shape, dtype="float32")
+                draws = generator(seed, "lora", self.component.alias + self.file_path(path)).random(lora.down.shape, dtype="float32")
                 lora.reset(torch.from_numpy(draws))
                 put(layer, lora)
                 lora.train()
@@ -63,12 +89,12 @@ class LoraTrainable:
         return int(group.rank)
 
     def param_groups(self) -> list[ParamGroup]:
-        """One per config group, in config order."""
-        stem = self.component.file_stem
+        """One per config group that has layers here, in config order."""
+        stem, held = self.component.file_stem, set(self.group_of.values())
         return [
             ParamGroup(stem if len(self.groups) == 1 else f"{stem}-{i}", group.lr,
                        tuple(p for path, lora in self.adapters.items() if self.group_of[path] == i for p in (lora.down, lora.up)))
-            for i, group in enumerate(self.groups)
+            for i, group in enumerate(self.groups) if i in held
         ]
 
     def export(self) -> dict[str, LoraTensors]:
@@ -104,10 +130,13 @@ class LoraTrainable:
         out = []
         for i, (group, selection) in enumerate(zip(self.groups, self.selections)):
             own = [lora for path, lora in self.adapters.items() if self.group_of[path] == i]
+            if not own:
+                continue
             ranks = sorted({lora.rank for lora in own})
             rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}..{ranks[-1]}"
             alpha = "rank" if group.alpha is None else f"{group.alpha:g}"
             count = sum(p.numel() for lora in own for p in lora.parameters())
+            named = f"{self.key}[{i}] {self.component.alias}".rstrip()
             for j, (pattern, layers) in enumerate(selection.per_pattern.items()):
-                out.append((f"{self.key}[{i}]" if j == 0 else "", pattern, layers, rank, alpha, group.lr, f"{count:,}" if j == 0 else ""))
+                out.append((named if j == 0 else "", pattern, layers, rank, alpha, group.lr, f"{count:,}" if j == 0 else ""))
         return out
