@@ -79,13 +79,15 @@ def run(loaded, args: argparse.Namespace, parallel, stop, now: datetime.datetime
 
 
 def quick_checks(passed: Mapping[str, Any]) -> list[str]:
-    """Beside a config's own faults: what can be said of the data and the model's folder without torch."""
+    """Beside a config's own faults: what can be said of the data and the base model without torch."""
     from .data.source import check_sources
     from .families import quick_faults
 
     data = {key.removeprefix("data."): value for key, value in passed.items() if re.fullmatch(r"data\.[^.\[]+", key)}
-    source = passed.get("model.pretrained_model_name_or_path")
-    return check_sources(data) + (quick_faults(source, without=("vae",) if passed.get("model.vae") else ()) if source else [])
+    source, told = passed.get("model.pretrained_model_name_or_path"), passed.get("model.prediction_type", "auto")
+    if not source:
+        return check_sources(data)
+    return check_sources(data) + quick_faults(source, without=("vae",) if passed.get("model.vae") else (), configs=passed.get("model.config"), prediction=None if told == "auto" else told)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         request = read(loaded.config)
     except ConfigError as error:
-        given = {"pretrained_model": loaded.config.pretrained_model, **{f"new_components.{name}": spec for name, spec in loaded.config.new_components.items()}}
+        given = {"pretrained_model": loaded.config.pretrained_model, "config": loaded.config.config, "prediction_type": loaded.config.prediction_type,
+                 **{f"new_components.{name}": spec for name, spec in loaded.config.new_components.items()}}
         raise ConfigError(error.faults + quick_checks(given)) from error
     from hcpdiff.quiet import quiet_libraries
 
@@ -48,11 +49,14 @@ def main(args: argparse.Namespace) -> int:
 
 
 def quick_checks(passed: Mapping[str, Any]) -> list[str]:
-    """Beside a config's own faults, or its prompts' and files': what can be said of the model's folder without torch."""
+    """Beside a config's own faults, or its prompts' and files': what can be said of the base model without torch."""
     from hcpdiff.families import quick_faults
 
     replaced = [key.split(".")[1] for key in passed if key.startswith("new_components.")]
-    return quick_faults(passed["pretrained_model"], "pretrained_model", replaced) if "pretrained_model" in passed else []
+    if "pretrained_model" not in passed:
+        return []
+    told = passed.get("prediction_type", "auto")
+    return quick_faults(passed["pretrained_model"], "pretrained_model", replaced, passed.get("config"), None if told == "auto" else told)
 
 
 if __name__ == "__main__":

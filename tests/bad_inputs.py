@@ -44,6 +44,16 @@ class Row(NamedTuple):
     code: int = 2
 
 
+def model_file(*names: str) -> Callable[[], list[str]]:
+    """A safetensors file of small tensors with these names, given as the base model."""
+    def spoil():
+        header = json.dumps({name: {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for i, name in enumerate(names)}).encode()
+        Path("m.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(len(names)))
+        return ["model.pretrained_model_name_or_path=m.safetensors"]
+
+    return spoil
+
+
 def text(name: str, content: str | bytes, *arguments: str) -> Callable[[], list[str]]:
     """Writes one file."""
     def spoil():
@@ -200,7 +210,10 @@ ROWS = [
     Row("`exp_dir` below a file", "`exp_dir` 的上级是文件", T, text("file", "", "exp_dir=file/run"), ("exp_dir = 'file/run' cannot be made", "is a file, not a folder")),
     Row("resume of a folder without a state", "恢复的文件夹中没有训练状态", T, ["train.resume=images"], ("images", "no training state")),
     Row("model folder that is not there", "底模文件夹不存在", T, ["model.pretrained_model_name_or_path=./modle"], ("model.pretrained_model_name_or_path = './modle'", "Nearest: ")),
-    Row("a single-file checkpoint as the model", "底模是单个文件", T, text("m.safetensors", b"", "model.pretrained_model_name_or_path=m.safetensors"), ("m.safetensors", "is a file", "from_single_file")),
+    Row("an empty file as the model", "底模文件是空文件", T, text("m.safetensors", b"", "model.pretrained_model_name_or_path=m.safetensors"), ("m.safetensors is not a safetensors file: it is empty",)),
+    Row("a LoRA as the model", "把 LoRA 当作底模", T, model_file("lora_unet_x.lora_down.weight"), ("is a LoRA, not a base model: it can be model.init_lora",)),
+    Row("a FLUX file as the model", "底模是 FLUX 文件", T, model_file("double_blocks.0.img_attn.qkv.weight"), ("is a FLUX model or one built like it, which is not supported",)),
+    Row("a VAE as the model", "把 VAE 当作底模", T, model_file("decoder.conv_in.weight"), ("is a VAE alone, not a base model: it can be model.vae",)),
     Row("a folder that is no diffusers model", "文件夹不是 diffusers 格式", T, ["model.pretrained_model_name_or_path=images"], ("has no model_index.json, so it is no diffusers model",)),
     Row("a model of another family", "其他类型的模型", T, edited("model/model_index.json", _class_name="FluxPipeline"), ("is a FluxPipeline; supported: StableDiffusionPipeline",)),
     Row("`model_index.json` that names code", "`model_index.json` 指向代码", T, edited("model/model_index.json", _class_name=["hostile", "Hostile"]), ("is a ['hostile', 'Hostile']; supported",)),

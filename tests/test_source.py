@@ -23,9 +23,9 @@ def test_a_missing_folder_names_its_neighbours(tmp_path):
     assert "my-model" in message(str(tmp_path / "my-modle"))
 
 
-def test_a_single_file_says_what_to_do(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    assert "from_single_file" in message(str(tmp_path / "model.safetensors"))
+def test_a_file_that_holds_no_model_says_what_is_taken(tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"")
+    assert "is a file, but not one of .safetensors or .ckpt" in message(str(tmp_path / "model.pt"))
 
 
 def test_a_folder_of_something_else_is_named(tmp_path):

@@ -76,7 +76,13 @@ class InferConfig:
     """Top level of a drawing config."""
 
     REMOVED: ClassVar = REMOVED
-    pretrained_model: str = key(doc="Base model in diffusers format: a local folder or a hub id.", zh="底模（diffusers 格式）：本地文件夹或 huggingface 上的模型名。", exists="model")
+    pretrained_model: str = key(doc="Base model: a folder in diffusers format, a single .safetensors or .ckpt file as webui uses them, or a hub id.",
+                                zh="底模：diffusers 格式的文件夹、webui 使用的单个 .safetensors 或 .ckpt 文件，或 huggingface 上的模型名。", exists="model")
+    config: str | None = key(None, "For a single file: a folder with a diffusers model's configs, used instead of those of the released models. null: found from the file.",
+                             "底模为单个文件时：使用该文件夹中的 diffusers 配置，而非官方模型的配置。null 为根据文件自动判断。", path=True, exists="folder")
+    prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = key(
+        "auto", "What the model predicts. auto: as its scheduler config says, or what a single file says of itself.",
+        "模型预测的目标。auto 以其 scheduler 配置（单个文件则以文件自身的标记）为准。")
     revision: str | None = key(None, "Branch, tag or commit on the hub.", "hub 上的分支、标签或提交。")
     variant: str | None = key(None, "Weight variant on the hub or in the folder, such as fp16.", "权重变体，例如 fp16。")
 

@@ -53,10 +53,14 @@ class ModelConfig:
     REMOVED: ClassVar = legacy.MODEL
 
     pretrained_model_name_or_path: str = key(
-        doc="Base model in diffusers format: a local folder or a hub id.", zh="底模（diffusers 格式）：本地文件夹或 huggingface 上的模型名。", exists="model")
+        doc="Base model: a folder in diffusers format, a single .safetensors or .ckpt file as webui uses them, or a hub id.",
+        zh="底模：diffusers 格式的文件夹、webui 使用的单个 .safetensors 或 .ckpt 文件，或 huggingface 上的模型名。", exists="model")
+    config: str | None = key(None, "For a single file: a folder with a diffusers model's configs, used instead of those of the released models. null: found from the file.",
+                             "底模为单个文件时：使用该文件夹中的 diffusers 配置，而非官方模型的配置。null 为根据文件自动判断。", path=True, exists="folder")
     revision: str | None = key(None, "Branch, tag or commit on the hub.", "hub 上的分支、标签或提交。")
     variant: str | None = key(None, "Weight variant on the hub or in the folder, such as fp16.", "权重变体，例如 fp16。")
-    vae: str | None = key(None, "Another VAE in diffusers format: a folder or hub id.", "替换 VAE：文件夹或模型名（diffusers 格式）。", exists="model")
+    vae: str | None = key(None, "Another VAE: a folder in diffusers format, a single .safetensors file, or a hub id.",
+                          "替换 VAE：diffusers 格式的文件夹、单个 .safetensors 文件，或 hub 上的模型名。", exists="model")
     tokenizer_repeats: int = key(1, "How many chunks of 75 tokens a prompt may fill.", "提示词长度的倍数，1 倍为 75 个 token。", ge=1, le=16, unit="75 tokens")
     clip_skip: int = key(0, "How many of the text encoder's last layers to skip; 0 = use the last layer (webui's 1). SDXL never uses the last and counts from the one before: "
                          "0 is right for it.", "跳过文本编码器最后几层；0 表示用最后一层（即 webui 的 1）。SDXL 固定使用倒数第二层并从那里起算，保持 0 即可。", ge=0)
@@ -65,7 +69,8 @@ class ModelConfig:
     attention: Literal["auto", "sdpa", "xformers", "eager"] = key(
         "auto", "Attention kernel. auto: torch's scaled_dot_product_attention.", "注意力实现。auto 为 torch 的 SDPA。")
     prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = key(
-        "auto", "What the model predicts. auto: as the base model's scheduler config says.", "模型预测的目标。auto 以底模的 scheduler 配置为准。")
+        "auto", "What the model predicts. auto: as the base model's scheduler config says, or what a single file says of itself.",
+        "模型预测的目标。auto 以底模的 scheduler 配置（单个文件则以文件自身的标记）为准。")
     noise_scheduler: dict | None = key(None, "Another noise schedule for training, by _target_ (a diffusers scheduler). null: the base model's.",
                                        "训练用的噪声调度器（_target_）。null 用底模自带的。", slot="noise_scheduler")
     init_lora: str | None = key(None, "Start the UNet's LoRA from this file (ours, webui/kohya, PEFT, ancestor). A file that holds the text encoder's too starts both.",

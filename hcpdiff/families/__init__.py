@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError
+from ..errors import ConfigError, HCPError
 from .place import Place, open_place
 from .source import MODEL_KEY
 
@@ -17,7 +17,7 @@ FAMILIES = {"StableDiffusionPipeline": "sd.StableDiffusion", "StableDiffusionXLP
 
 
 def detect(folder: Path | Place, key: str = MODEL_KEY) -> "Family":
-    """The family of a base model, from its model_index.json."""
+    """The family of a base model, from its model_index.json, or from the names in a single file."""
     module, name = FAMILIES[_pipeline(open_place(folder), key)].split(".")
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)()
 
@@ -29,17 +29,17 @@ def _pipeline(place: Place, key: str) -> str:
     return pipeline
 
 
-def quick_faults(source: str, key: str = MODEL_KEY, without: Collection[str] = ()) -> list[str]:
+def quick_faults(source: str, key: str = MODEL_KEY, without: Collection[str] = (), configs: str | None = None, prediction: str | None = None) -> list[str]:
     """What is wrong with a local base model as far as it shows without torch: its kind, and what is missing. [] for a hub id.
 
-    without: parts that are replaced, and so need not be there.
+    without: parts that are replaced, and so need not be there. configs, prediction: as for `open_place`.
     """
     path = Path(source).expanduser()
     try:
-        if path.is_dir():
-            place = open_place(path)
+        if path.is_dir() or path.is_file() and path.suffix.lower() == ".safetensors":  # a .ckpt shows nothing without torch
+            place = open_place(path, configs, prediction, key)
             _pipeline(place, key)
             place.check([part for part in place.parts() if part not in without], key)
-    except ConfigError as error:
+    except HCPError as error:
         return error.faults
     return []

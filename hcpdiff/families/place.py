@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from ..errors import ConfigError
+from . import vae_file
+from .single_file import SingleFile, keys_for
 from .source import MODEL_KEY, check_complete, find_part, load_or_fault, load_whole, parts_of, read_index, read_json
 
 if TYPE_CHECKING:
@@ -117,17 +120,41 @@ def options_for(kind: type, dtype: Dtype) -> dict[str, Any]:
     return {"torch_dtype": dtype}
 
 
-def open_place(source: Path | str | Place) -> Place:
-    """The place behind a path that `source.resolve` has found; a place is given back as it is."""
-    return Folder(Path(source)) if isinstance(source, (str, Path)) else source
+def open_place(source: Path | str | Place, configs: str | None = None, prediction: str | None = None, key: str = MODEL_KEY) -> Place:
+    """The place behind a path that `source.resolve` has found; a place is given back as it is.
+
+    configs: a folder of configs for a single file; prediction: what it predicts, where the user says it.
+    """
+    if not isinstance(source, (str, Path)):
+        return source
+    if not Path(source).is_file():
+        if configs:
+            raise ConfigError(f"{keys_for(key).config} = {configs!r} is for a single file; {key} = {str(source)!r} has its own configs.")
+        return Folder(Path(source))
+    return SingleFile(Path(source), checked_configs(configs, keys_for(key).config), prediction, key)
+
+
+def checked_configs(configs: str | None, key: str) -> Path | None:
+    """The folder of configs, there and of a diffusers model."""
+    if configs is None:
+        return None
+    folder = Path(configs).expanduser()
+    if not (folder / "unet" / "config.json").is_file() or not (folder / "scheduler" / "scheduler_config.json").is_file():
+        raise ConfigError(f"{key} = {configs!r} must be a folder of a diffusers model's configs: unet/config.json, scheduler/scheduler_config.json and the like. Weights in it are not read.")
+    return folder
 
 
 def check_vae(source: str, base: Place, key: str) -> None:
     """ConfigError where there is no VAE to put in the place of the base model's."""
-    find_part(source, "vae", key)
+    if Path(source).expanduser().is_file():
+        vae_file.open_vae(source, base, key)
+    else:
+        find_part(source, "vae", key)
 
 
 def load_vae(kind: type, source: str, base: Place, dtype: Dtype, key: str) -> nn.Module:
-    """Another VAE than the base model's, from a folder or a hub id."""
+    """Another VAE than the base model's, from a folder, a hub id or a single file (which may be a whole model's)."""
+    if Path(source).expanduser().is_file():
+        return vae_file.load(kind, source, base, dtype, key)
     place, options = find_part(source, "vae", key)
     return load_whole(kind, place, key, options | options_for(kind, dtype))

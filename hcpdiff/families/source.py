@@ -1,4 +1,4 @@
-"""From what a user names (a folder, a hub id) to a complete local folder, or an error that says what to do."""
+"""From what a user names (a folder, a file, a hub id) to what is on this machine, or an error that says what to do."""
 
 import difflib
 import json
@@ -12,19 +12,21 @@ from ..errors import ConfigError
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 MODEL_KEY = "model.pretrained_model_name_or_path"  # the trainer's; the visualizer names its own
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")  # of all families
+SINGLE = (".safetensors", ".ckpt")  # of single-file models
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 
 def resolve(source: str, revision: str | None = None, variant: str | None = None, key: str = MODEL_KEY) -> tuple[Path, list[str]]:
-    """The local folder of a base model, and notices for the log. Downloads a hub id once, into the hub's own cache."""
+    """The local folder (or single file) of a base model, and notices for the log. Downloads a hub id once, into the hub's own cache."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder, []
     if folder.is_file():
-        raise ConfigError(f"{key} = {source!r} is a file; a diffusers folder or a hub id is needed. Convert a single-file checkpoint with diffusers' "
-                          f"StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER).")
+        if folder.suffix.lower() not in SINGLE:
+            raise ConfigError(f"{key} = {source!r} is a file, but not one of {' or '.join(SINGLE)}. It takes such a file, a diffusers folder or a hub id (name/name).")
+        return folder, []
     if _looks_local(source):
-        raise ConfigError(f"{key} = {source!r}: there is no such folder.{_near(folder)} It takes a diffusers folder or a hub id (name/name).")
+        raise ConfigError(f"{key} = {source!r}: there is no such folder or file.{_near(folder)} It takes a diffusers folder, a .safetensors file or a hub id (name/name).")
     return _from_hub(source, revision, variant, key)
 
 
@@ -35,7 +37,7 @@ def _looks_local(source: str) -> bool:
 def _near(folder: Path) -> str:
     if not folder.parent.is_dir():
         return ""
-    names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+    names = [path.name for path in folder.parent.iterdir() if path.is_dir() or path.suffix.lower() in SINGLE]
     near = difflib.get_close_matches(folder.name, names, n=3, cutoff=0.4)
     return f" Nearest: {', '.join(str(folder.parent / name) for name in near)}." if near else ""
 

@@ -24,10 +24,10 @@ class BaseModel:
         """ConfigError where it is not there, not whole, or of no family that is known."""
         self.config = config
         path, notices = resolve(config.pretrained_model_name_or_path, config.revision, config.variant)
-        self.place = open_place(path)
-        self.notices = [*notices, *self.place.notices]
+        self.place = open_place(path, config.config, None if config.prediction_type == "auto" else config.prediction_type)
         self.family = detect(self.place)
         self.family.check(self.place, vae=config.vae)
+        self.notices = [*notices, *self.place.notices]
         self.geometry = self.family.latent_geometry(self.place)
         self.models: Models | None = None
         self.marks: dict[str, str] = {}

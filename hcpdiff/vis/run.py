@@ -14,6 +14,7 @@ from ..errors import ConfigError, HCPError
 from ..families import detect
 from ..families.base import Conditioning, Family, Models
 from ..families.clip_text import layers_of
+from ..families.place import Place, open_place
 from ..families.source import resolve
 from ..quiet import quiet_libraries
 from . import attach, components, embeddings, encode, pipeline
@@ -78,8 +79,8 @@ def prepare(request: Request, allow: Sequence[str], say: Callable[[str], None]) 
     device = choose_device(cfg.device)
     dtype = devices.compute_dtype(cfg.dtype, device)
     devices.set_threads(cfg.cpu_threads)
-    folder, family, loras, words = check_parts(request, allow, say)
-    models, scheduler = load(cfg, family, folder, dtype, allow)
+    base, family, loras, words = check_parts(request, allow, say)
+    models, scheduler = load(cfg, family, base, dtype, allow)
     version = family.base_version(models)
     for notice in dict.fromkeys(notice for lora in loras for notice in lora.say(version)):
         say(f"note: {notice}")
@@ -109,13 +110,14 @@ def choose_device(choice: str) -> torch.device:
     return device
 
 
-def check_parts(request: Request, allow: Sequence[str], say: Callable[[str], None]) -> tuple[Path, Family, list[attach.Loaded], dict[str, Path]]:
-    """The model's folder and family, LoRA files (read) and embedding files (found): all that can be checked before the weights are read."""
+def check_parts(request: Request, allow: Sequence[str], say: Callable[[str], None]) -> tuple[Place, Family, list[attach.Loaded], dict[str, Path]]:
+    """The base model's place and family, LoRA files (read) and embedding files (found): all that can be checked before the weights are read."""
     cfg, collect = request.cfg, Collector()
-    folder, notes = collect(resolve, cfg.pretrained_model, cfg.revision, cfg.variant, MODEL_KEY, default=(None, []))
-    for note in notes:
+    path, notes = collect(resolve, cfg.pretrained_model, cfg.revision, cfg.variant, MODEL_KEY, default=(None, []))
+    base = collect(open_place, path, cfg.config, None if cfg.prediction_type == "auto" else cfg.prediction_type, MODEL_KEY) if path else None
+    family = collect(detect, base, MODEL_KEY) if base else None
+    for note in (*notes, *((collect(lambda: base.notices, default=())) if family else ())):
         say(f"note: {note}")
-    family = collect(detect, folder, MODEL_KEY) if folder else None
     if family:
         kind = pipeline.pipeline_class(family)
         collect.faults += pipeline.check_arguments(kind, cfg.infer_args) + components.check(cfg.new_components, pipeline.part_names(kind), allow)
@@ -123,13 +125,15 @@ def check_parts(request: Request, allow: Sequence[str], say: Callable[[str], Non
     words = collect(embeddings.used, embeddings.find(request.emb_dir), texts)
     loras = collect(attach.read_all, request.loras)
     collect.stop()
-    return folder, family, loras, words
+    return base, family, loras, words
 
 
-def load(cfg: InferConfig, family: Family, folder: Path, dtype: torch.dtype, allow: Sequence[str]) -> tuple[Models, object]:
+def load(cfg: InferConfig, family: Family, base: Place, dtype: torch.dtype, allow: Sequence[str]) -> tuple[Models, object]:
     """The base model with its new components, in `dtype` on the CPU, and the sampler."""
     parts = [name for name in (*(c.name for c in family.components), "vae") if name not in cfg.new_components]
-    models = family.load(folder, cfg.pretrained_model, parts, dtype, variant=cfg.variant, key=MODEL_KEY)
+    models = family.load(base, cfg.pretrained_model, parts, dtype, variant=cfg.variant, key=MODEL_KEY)
+    if cfg.prediction_type != "auto":
+        models.scheduler_config = {**models.scheduler_config, "prediction_type": cfg.prediction_type}
     for name, part in components.build_all(cfg.new_components, allow).items():
         if isinstance(part, torch.nn.Module):
             models.modules[name] = part.requires_grad_(False).eval()
@@ -204,7 +208,7 @@ def facts_of(models: Models, pipe, cfg: InferConfig, size: tuple[int, int], dtyp
     """What is written into every picture."""
     arguments = pipeline.defaults(type(pipe)) | cfg.infer_args
     versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
-    local = Path(cfg.pretrained_model).expanduser().is_dir()
+    local = Path(cfg.pretrained_model).expanduser().exists()
     name = Path(cfg.pretrained_model).expanduser().resolve().name if local else cfg.pretrained_model
     return Facts(name, models.family.base_version(models), *size, arguments["num_inference_steps"], arguments["guidance_scale"],
                  type(pipe.scheduler).__name__, dict(pipe.scheduler.config), devices.SHORT[dtype], words, versions)

@@ -1,0 +1,130 @@
+"""What a single file of weights is, from the names and shapes in its header: which Stable Diffusion, or what else it is by mistake. No torch."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .ldm_names import DIFFUSERS_VAE, HUGGINGFACE, LDM_UNET, LDM_VAE, OPEN_CLIP
+
+Shapes = Mapping[str, tuple[int, ...]]
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of base model that is read from a single file. `layouts`: part -> (prefix of its names, style) in the order in which they are tried."""
+
+    name: str
+    title: str
+    pipeline: str
+    layouts: Mapping[str, tuple[tuple[str, str], ...]]
+
+    def layout(self, part: str, shapes: Shapes) -> tuple[str, str] | None:
+        """Prefix and style of a part in this file; None where the file has nothing of it."""
+        return next((layout for layout in self.layouts[part] if any(name.startswith(layout[0]) for name in shapes)), None)
+
+
+_UNET, _VAE = ((UNET, LDM_UNET),), ((VAE, LDM_VAE),)
+SD1 = Kind("sd1", "Stable Diffusion 1.x", "StableDiffusionPipeline", {
+    "unet": _UNET, "vae": _VAE, "text_encoder": (("cond_stage_model.transformer.text_model.", HUGGINGFACE), ("cond_stage_model.transformer.", HUGGINGFACE))})
+SD2 = Kind("sd2", "Stable Diffusion 2.x", "StableDiffusionPipeline", {"unet": _UNET, "vae": _VAE, "text_encoder": (("cond_stage_model.model.", OPEN_CLIP),)})
+SDXL = Kind("sdxl", "Stable Diffusion XL", "StableDiffusionXLPipeline", {
+    "unet": _UNET, "vae": _VAE,
+    "text_encoder": (("conditioner.embedders.0.transformer.text_model.", HUGGINGFACE), ("conditioner.embedders.0.transformer.", HUGGINGFACE)),
+    "text_encoder_2": (("conditioner.embedders.1.model.", OPEN_CLIP), ("conditioner.embedders.1.transformer.text_model.", HUGGINGFACE))})
+
+VAE_LAYOUTS = (  # of a file that holds a VAE, by a name that only this layout has: prefix, style
+    (f"{VAE}encoder.conv_in.weight", VAE, LDM_VAE), ("encoder.down_blocks.0.resnets.0.conv1.weight", "", DIFFUSERS_VAE), ("encoder.down.0.block.0.conv1.weight", "", LDM_VAE),
+)
+
+# What files on the usual sites hold beside Stable Diffusion models: a pattern of names -> what it is called. The first that fits is told.
+_LORA = re.compile(r"\.(lora_down|lora_up|lora_A|lora_B|lora_mid|hada_w1_a|lokr_w1|lokr_w1_a|oft_blocks|dora_scale)\b|^lora[:_]")
+_OTHERS = (
+    (re.compile(r"^(emb_params|clip_[lg]|string_to_param)$"), "a textual-inversion embedding, not a base model: it belongs into the visualizer's emb_dir"),
+    (re.compile(r"^(model\.diffusion_model\.|transformer\.)?(double_blocks|single_transformer_blocks)\."), "a FLUX model or one built like it, which is not supported"),
+    (re.compile(r"^(model\.diffusion_model\.|transformer\.)?joint_blocks\.|\.norm1_context\."), "a Stable Diffusion 3 model, which is not supported"),
+    (re.compile(r"^(model\.diffusion_model\.)?(double_layers|cap_embedder|x_pad_token|patchify_proj|patch_embedding|y_embedder)\b"),
+     "a diffusion transformer (AuraFlow, Lumina, Z-Image, PixArt, Wan, LTX …), which is not supported"),
+    (re.compile(r"\bmotion_modules\.|\btime_stack\."), "a video model or motion module (AnimateDiff, Stable Video Diffusion), which is not supported"),
+    (re.compile(r"^control_model\.|^controlnet_cond_embedding\.|^input_hint_block\."), "a ControlNet, not a base model"),
+    (re.compile(r"\bip_adapter\.|^image_proj\."), "an IP-Adapter, not a base model"),
+    (re.compile(r"^edm_(mean|std)$"), "Playground v2.5, whose noise schedule (EDM) is not supported"),
+    (re.compile(r"^edm_vpred\."), "CosXL or another model with EDM noise levels, which are not supported"),
+    (re.compile(r"^(noise_augmentor|embedder)\."), "an unCLIP model, which is not supported"),
+)
+_PARTS_ALONE = (  # where there is no UNet in LDM's spelling
+    (re.compile(r"^down_blocks\.0\.(resnets|attentions)\."), "the UNet alone in diffusers' names: name the folder that holds model_index.json instead"),
+    (re.compile(r"^(encoder|decoder)\.(conv_in|down|up|down_blocks|up_blocks)\b|^first_stage_model\."), "a VAE alone, not a base model: it can be {vae}"),
+    (re.compile(r"^input_blocks\.0\."), "the UNet alone, without text encoder and VAE: a whole model is needed"),
+    (re.compile(r"^(text_model\.)?(encoder\.layers|embeddings\.token_embedding)|^(token_embedding|positional_embedding|transformer\.resblocks)\b|\.encoder\.block\.0\.layer\.|^encoder\.block\."),
+     "a text encoder alone, not a base model"),
+)
+_CHANNELS = {9: "an inpainting model", 8: "an InstructPix2Pix (edit) model", 7: "an upscaler", 5: "a depth-to-image model"}
+USUAL_CHANNELS = 4
+
+
+def kind_of(shapes: Shapes, vae: str, lora: str) -> Kind | str:
+    """The kind of a file, or what it is instead and what to do with it, as the end of a sentence 'The file is ...'.
+
+    vae, lora: the keys where such a file would be in place.
+    """
+    names = list(shapes)
+    if any(_LORA.search(name) for name in names):
+        return f"a LoRA, not a base model: it can be {lora}"
+    other = next((what for pattern, what in _OTHERS if any(pattern.search(name) for name in names)), None)
+    if other:
+        return other
+    if not any(name.startswith(UNET) for name in names):
+        alone = next((what for pattern, what in _PARTS_ALONE if any(pattern.search(name) for name in names)), None)
+        return alone.format(vae=vae) if alone else f"no Stable Diffusion model: no name in it begins with {UNET} (it holds {_few(names)})"
+    channels = shapes.get(f"{UNET}input_blocks.0.0.weight", (0, USUAL_CHANNELS))[1:2]
+    if channels and channels[0] in _CHANNELS:
+        return f"{_CHANNELS[channels[0]]} (its UNet takes {channels[0]} channels), which is not supported"
+    return _by_encoders(shapes)
+
+
+def _by_encoders(shapes: Shapes) -> Kind | str:
+    """Text encoders tell the kinds apart; where there are none, the UNet does."""
+    def has(prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in shapes)
+
+    if has(f"{UNET}label_emb."):
+        context = next((shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight") and len(shape) == 2), 0)
+        if has("conditioner.embedders.1.") or not has("conditioner.") and not has("cond_stage_model.") and context != 1280:
+            return SDXL
+        if has("conditioner.") or context == 1280:
+            return "the refiner of Stable Diffusion XL, which is not trained or drawn with here: name the base model"
+        return "a model with class embeddings (an upscaler or unCLIP), which is not supported"
+    if has("cond_stage_model.model."):
+        return SD2
+    if has("cond_stage_model.transformer."):
+        return SD1
+    return SD2 if any(name.endswith("proj_in.weight") and len(shape) == 2 for name, shape in shapes.items()) else SD1
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "no tensors"
+
+
+# Names that take part in nothing here, in files of the kinds above.
+_IDLE = re.compile(r"""
+    model_ema\..*                                                                                    # the running mean of the UNet
+    | (model\.)?(alphas_cumprod(_prev)? | betas | sqrt_\w+ | log_one_minus_\w+ | posterior_\w+ | lvlb_weights | logvar | scale_factor | global_step)
+    | denoiser\.(sigmas | log_sigmas) | v_pred | ztsnr                                               # marks are read as such
+    | (cond_stage_model | conditioner\.embedders\.[01])\..*\b(position_ids | attn_mask | logit_scale)  # buffers, and what only CLIP's own loss needs
+    | cond_stage_model\.((model | transformer)\.)?text_projection(\.weight)? | cond_stage_model\.logit_scale
+    | conditioner\.embedders\.0\.(transformer\.)?text_projection(\.weight)? | conditioner\.embedders\.[01]\.logit_scale
+    | first_stage_model\.(loss | model_ema)\b.*
+    | (first_stage_model\.)?(decoder | encoder)\.\w*_ema\b.*
+    | embedding_manager\..*
+    """, re.VERBOSE)
+
+
+def idle(name: str) -> bool:
+    """Whether a name belongs to nothing that is trained or drawn with: copies, buffers, marks."""
+    return _IDLE.fullmatch(name) is not None
+
+
+def vae_layout(shapes: Shapes) -> tuple[str, str] | None:
+    """Prefix and style of the VAE in a file; None where it holds none."""
+    return next(((prefix, style) for name, prefix, style in VAE_LAYOUTS if name in shapes), None)

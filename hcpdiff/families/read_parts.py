@@ -1,0 +1,87 @@
+"""Modules from a file of tensors: every parameter is looked up by its name there, read, cast and put in its place; nothing is held twice."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .ldm_names import Source, sources
+from .weight_file import WeightFile
+
+MOST_NAMED = 3
+
+
+def read_part(kind: type, config: Mapping[str, Any], style: str, weights: WeightFile, names: Mapping[str, str], dtype: torch.dtype, where: str, unused: str = "") -> nn.Module:
+    """A module of class `kind` in `dtype` on the CPU.
+
+    names: name in the part -> name in the file, all of the part's; unused: beginning of names that may be left over. ConfigError, beginning with `where`, names what is missing,
+    left over or of another shape.
+    """
+    module = empty(kind, config, where)
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = _find(sources(style, wanted, config), names, where, kind.__name__, unused)
+    faults = [f"{where}: {name} is {_by(_shape(weights.shapes[names[source.name]], source))} in the file, {_by(wanted[name])} by its config"
+              for name, source in found.items() if not _fits(_shape(weights.shapes[names[source.name]], source), wanted[name])]
+    if faults:
+        raise ConfigError(faults[:MOST_NAMED] + ([f"{where}: … and {len(faults) - MOST_NAMED} more weights of another shape"] if len(faults) > MOST_NAMED else []))
+    module.load_state_dict(_read(found, wanted, weights, names, dtype), strict=True, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+def empty(kind: type, config: Mapping[str, Any], where: str) -> nn.Module:
+    """The module without weights (parameters on meta, buffers real)."""
+    from accelerate import init_empty_weights
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            if hasattr(kind, "config_class"):  # transformers; a kernel that a config names is code of the hub
+                return kind._from_config(kind.config_class.from_dict(dict(config)), attn_implementation="sdpa")
+            return kind.from_config(dict(config))
+    except Exception as error:  # constructors raise what a wrong value makes of them; the user needs the place
+        raise ConfigError(f"{where}: no {kind.__name__} can be made of its config: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+
+
+def _find(places: Mapping[str, tuple[Source, ...]], names: Mapping[str, str], where: str, what: str, unused: str) -> dict[str, Source]:
+    """Parameter -> its place in the file, for all; ConfigError where a parameter or a tensor stays alone."""
+    found = {name: next((source for source in options if source.name in names), None) for name, options in places.items()}
+    missing = [options[0].name if options else name for name, options in places.items() if found[name] is None]
+    used = {source.name for source in found.values() if source}
+    left = [name for name in names if name not in used and not (unused and name.startswith(unused))]
+    faults = [f"{where}: {len(some)} {text}, such as {', '.join(sorted(some)[:MOST_NAMED])}."
+              for some, text in ((missing, f"weights of {what} are missing"), (left, f"tensors belong to no weight of {what}")) if some]
+    if faults:
+        raise ConfigError(faults)
+    return found
+
+
+def _shape(shape: tuple[int, ...], source: Source) -> tuple[int, ...]:
+    """The shape that a tensor of the file has as a parameter."""
+    if source.third is not None and shape:
+        shape = (shape[0] // 3 if shape[0] % 3 == 0 else -1, *shape[1:])
+    return shape[::-1] if source.turned else shape
+
+
+def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Equal, or a 1x1 convolution where a Linear is wanted and the other way round, as the attention of VAEs is stored."""
+    return found == wanted or (min(len(found), len(wanted)) == 2 and tuple(found[2:] + wanted[2:]) == (1, 1) and found[:2] == wanted[:2])
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"
+
+
+def _read(found: Mapping[str, Source], wanted: Mapping[str, tuple[int, ...]], weights: WeightFile, names: Mapping[str, str], dtype: torch.dtype) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    last: tuple[str, Tensor] | None = None  # q, k and v come from one tensor, one after the other
+    for name, source in sorted(found.items(), key=lambda item: (item[1].name, item[0])):
+        if last is None or last[0] != source.name:
+            last = source.name, weights.tensor(names[source.name])
+        tensor = last[1]
+        if source.third is not None:
+            rows = len(tensor) // 3
+            tensor = tensor[source.third * rows : (source.third + 1) * rows]
+        tensor = (tensor.T if source.turned else tensor).reshape(wanted[name])
+        state[name] = torch.empty(wanted[name], dtype=dtype).copy_(tensor)  # torch's own memory is aligned, and sums depend on that in their last bits
+    return state

@@ -1,0 +1,111 @@
+"""A file of many tensors, read one at a time: a .safetensors file, or a .ckpt whose pickle holds nothing but tensors."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.safetensors_header import Header, read_header
+from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SAMPLE = 4096  # bytes of each tensor that a mark looks at
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """`shapes`: name -> shape of every tensor; `metadata`: the header's text. Nothing is kept open and no tensor is held."""
+
+    path: Path
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """name -> shape."""
+        return {name: entry.shape for name, entry in self.header.entries.items()}
+
+    @cached_property
+    def header(self) -> Header:
+        """The file's checked header; CheckpointError where it is damaged or no safetensors file."""
+        return read_header(self.path)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the file says of itself."""
+        return self.header.metadata
+
+    def tensor(self, name: str) -> "Tensor":
+        """One tensor, owned by the caller, as it is stored."""
+        from ..checkpoint.io import read_tensor
+
+        return read_tensor(self.path, self.header, name)
+
+    def mark(self, names: list[str]) -> str:
+        """sha256 over names, kinds, shapes and a sample in the middle of each of these tensors; the file's own name and its other tensors do not count."""
+        digest = hashlib.sha256()
+        with open(self.path, "rb") as file:
+            for name in sorted(names):
+                entry = self.header.entries[name]
+                digest.update(f"{name}{entry.dtype}{entry.shape}".encode())
+                file.seek(self.header.payload + max(entry.begin, (entry.begin + entry.end - SAMPLE) // 2))
+                digest.update(file.read(min(SAMPLE, entry.end - entry.begin)))
+        return digest.hexdigest()
+
+
+class PickleFile(WeightFile):
+    """A .ckpt file. The tensors are mapped, not copied, where the file is of torch's zip form."""
+
+    @cached_property
+    def _state(self) -> dict[str, Any]:
+        import torch
+
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=_is_zip(self.path))
+        except Exception as error:  # torch raises anything for a damaged pickle, and UnpicklingError for what may not be read
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"{self.path} cannot be read: a .ckpt file is a pickle, and only tensors are taken from one, since anything else may run code ({reason[:160]}). "
+                                  "Get the model as .safetensors.") from error
+        state = state.get("state_dict", state) if isinstance(state, dict) else None
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{self.path} holds no map of tensors.")
+        return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, torch.Tensor)}
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """name -> shape."""
+        return {name: tuple(value.shape) for name, value in self._state.items()}
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Such files say nothing of themselves."""
+        return {}
+
+    def tensor(self, name: str) -> "Tensor":
+        """One tensor, mapped from the file."""
+        return self._state[name]
+
+    def mark(self, names: list[str]) -> str:
+        """As of a safetensors file, of the same tensors' samples."""
+        import torch
+
+        digest = hashlib.sha256()
+        for name in sorted(names):
+            value = self._state[name]
+            digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+            flat, count = value.reshape(-1), SAMPLE // value.element_size()
+            start = max(0, (len(flat) - count) // 2)
+            digest.update(flat[start : start + count].clone().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _is_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def open_weights(path: Path) -> WeightFile:
+    """The file of tensors at `path`, not read yet."""
+    return PickleFile(path) if path.suffix.lower() == ".ckpt" else WeightFile(path)
