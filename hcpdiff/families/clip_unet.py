@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, HCPError
 from . import clip_text
 from .base import DENOISER, Component, Models, Tokens, component_of, text_components
 from .place import Place, check_vae, load_vae, open_place
@@ -54,7 +54,7 @@ class ClipUnet:
                       lambda: vae and check_vae(vae, place, VAE_KEY)):
             try:
                 check()
-            except ConfigError as error:
+            except HCPError as error:
                 faults += error.faults
         if faults:
             raise ConfigError(faults)
