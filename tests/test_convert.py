@@ -312,10 +312,22 @@ def test_a_stored_dtype_keeps_the_delta_within_its_rounding(tmp_path, dtype):
 def test_values_that_a_dtype_cannot_hold_stop_the_conversion(tmp_path):
     path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     with pytest.raises(CheckpointError, match="more than torch.float16 can hold"):
-        webui_file(tmp_path / "w.safetensors", {"unet": {path: LoraTensors(torch.full((1, 4), 1e6), torch.ones(4, 1), 1.0)}}, dtype=torch.float16)
+        webui_file(tmp_path / "w.safetensors", {"unet": {path: LoraTensors(torch.full((1, 4), 1e6), torch.full((4, 1), 1e6), 1.0)}}, dtype=torch.float16)
     with pytest.raises(CheckpointError, match="weight delta changed"):  # underflow
-        webui_file(tmp_path / "w.safetensors", {"unet": {path: LoraTensors(torch.full((1, 4), 1e-9), torch.ones(4, 1), 1.0)}}, dtype=torch.float16)
+        webui_file(tmp_path / "w.safetensors", {"unet": {path: LoraTensors(torch.full((1, 4), 1e-9), torch.full((4, 1), 1e-9), 1.0)}}, dtype=torch.float16)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("down", "up"), [(0.1, 1e-6), (1e-7, 1.0), (1e6, 1e-3), (1e-3, 3e5), (0.1, 0.1)])
+def test_fp16_has_room_for_factors_of_unlike_size(tmp_path, down, up):
+    lora = random_lora((64, 64), 0)
+    lora = LoraTensors(lora.down * 10 * down, lora.up * 10 * up, 1.0)
+    path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    webui_file(tmp_path / "w.safetensors", {"unet": {path: lora}}, dtype=torch.float16)
+    after = load_lora(tmp_path / "w.safetensors").layers["unet"][path]
+    assert after.up.dtype == torch.float16 and after.alpha == 1.0 and distance(lora, after) < 2.0**-11
+    if down == up:  # nothing is moved where nothing has to be
+        assert torch.equal(after.down, lora.down.half()) and torch.equal(after.up, lora.up.half())
 
 
 def test_the_self_check_sees_a_changed_scale_a_lost_layer_and_a_foreign_name(tmp_path, monkeypatch):
@@ -338,6 +350,9 @@ def test_distance_is_that_of_the_dense_deltas():
     a, b = random_lora((7, 5, 3, 3), 0, rank=3, alpha=2.0), random_lora((7, 5, 3, 3), 1, rank=2, alpha=5.0)
     dense = (a.delta(torch.float64) - b.delta(torch.float64)).norm() / a.delta(torch.float64).norm()
     assert distance(a, b) == pytest.approx(float(dense), rel=1e-9)
+    for near in (cast(a, torch.bfloat16), LoraTensors(a.down, a.up * 1.001, a.alpha), LoraTensors(a.down, a.up, a.alpha * 1.05)):  # by the faster way
+        dense = (near.delta(torch.float64) - a.delta(torch.float64)).norm() / a.delta(torch.float64).norm()
+        assert distance(a, near) == pytest.approx(float(dense), rel=1e-7)
     assert distance(a, a) < 1e-14 and same_delta(a, cast(a, torch.float64)) and not same_delta(a, b) and distance(a, random_lora((7, 6, 3, 3), 0)) == float("inf")
 
 

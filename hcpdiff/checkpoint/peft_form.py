@@ -12,7 +12,7 @@ from torch import Tensor
 from ..families.unet_names import installed_path
 from ..families.webui import WebuiFamily
 from ..lora_tensors import LoraTensors
-from .convert import Layers, cast, shaped, storable
+from .convert import Layers, cast, exponent, shaped, storable
 
 CONFIG = "adapter_config.json"
 
@@ -71,19 +71,15 @@ def _pair(base: str, lora: LoraTensors) -> dict[str, Tensor]:
 def with_scale_one(lora: LoraTensors) -> LoraTensors:
     """The same delta with alpha = rank. A scale that is a power of two goes into the factors' exponents, which changes no digit in any type that has
     room for them; else both factors become float32 and `up` carries the scale, rounded once."""
-    rank, mantissa, exponent = float(lora.rank), *math.frexp(lora.scale)
+    rank, mantissa, power = float(lora.rank), *math.frexp(lora.scale)
     if lora.scale == 1:
         return LoraTensors(lora.down, lora.up, rank)
     if abs(mantissa) == 0.5:
-        share = (exponent - 1 + _exponent(lora.up) - _exponent(lora.down)) // 2  # both factors end up of one size, as far from the ends of fp16 as can be
-        down, up = _times(lora.down, 2.0**share), _times(lora.up, math.copysign(2.0 ** (exponent - 1 - share), mantissa))
+        share = (power - 1 + exponent(lora.up) - exponent(lora.down)) // 2  # both factors end up of one size, as far from the ends of fp16 as can be
+        down, up = _times(lora.down, 2.0**share), _times(lora.up, math.copysign(2.0 ** (power - 1 - share), mantissa))
         if down is not None and up is not None:
             return LoraTensors(down, up, rank)
     return LoraTensors(lora.down.float(), (lora.up.double() * lora.scale).float(), rank)
-
-
-def _exponent(factor: Tensor) -> int:
-    return math.frexp(float(factor.abs().max()))[1]
 
 
 def _times(factor: Tensor, power: float) -> Tensor | None:
