@@ -79,6 +79,21 @@ def test_each_save_writes_what_was_trained_with_true_metadata(config, tmp_path):
     assert not any(key.startswith(("ssmd_", "modelspec.thumbnail")) for key in said)
 
 
+def test_an_sdxl_file_has_ldm_names_both_encoders_and_is_found_among_sdxl_files(config, tmp_path, tiny_sdxl):
+    groups = "lora_text_encoder=[{lr: 1, rank: 1, layers: ['re:te1.*fc1$', 're:te2.*q_proj$']}, {lr: 2, rank: 2, layers: ['re:te2.*fc2$']}]"
+    run, _ = run_help.run(config, f"model.pretrained_model_name_or_path={tiny_sdxl}", groups, "train.train_steps=1", "model.clip_skip=0")
+    tensors, said = exported(run, 1)
+    bases = {key.split(".")[0] for key in tensors}
+    assert {base.split("_")[1] for base in bases} == {"unet", "te1", "te2"} and "lora_unet_middle_block_1_proj_in" in bases
+    assert "lora_te1_text_model_encoder_layers_0_mlp_fc1" in bases and not any("_blocks_" in base and "transformer_blocks" not in base and "put_blocks" not in base for base in bases)
+    attention = {base for base in bases if "te2" in base and "layers_0_self_attn" in base}
+    assert len(attention) == 4  # q was trained; webui passes over an attention without the other three
+    expected = {"ss_base_model_version": "sdxl_base_v1-0", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "ss_v2": "False", "ss_clip_skip": "2", "ss_text_encoder_lr": "[1.0, 1.0, 2.0]"}
+    assert {key: said[key] for key in expected} == expected
+    parts = [tmp_path / "run" / "ckpts" / f"{stem}-1.safetensors" for stem in ("unet", "text_encoder", "text_encoder_2")]
+    assert faults_of(load_lora(tmp_path / "run" / "webui" / "run-1.safetensors").layers, join([(path, load_lora(path)) for path in parts])) == []
+
+
 def test_weight_files_are_the_same_with_and_without_it(config, tmp_path):
     for number, words in enumerate(([], ["train.export=false"])):
         run_help.run(config, f"exp_dir={tmp_path}/{number}", *words)
@@ -129,13 +144,14 @@ def test_a_file_that_cannot_be_written_is_a_failed_save(config, tmp_path, monkey
     real = WebuiExport.write
 
     def write(self, step, layers):
-        (tmp_path / "run" / "webui").mkdir(exist_ok=True)
-        (tmp_path / "run" / "webui" / "run-2.safetensors").mkdir(exist_ok=True)
+        (self.run / "webui" / f"{self.run.name}-2.safetensors").mkdir(parents=True, exist_ok=True)
         return real(self, step, layers)
 
     monkeypatch.setattr(WebuiExport, "write", write)
     with pytest.raises(CheckpointError, match=r"step 2 could not be saved: .*run-2.safetensors cannot be written: it is a folder"):
         run_help.run(config)
+    run, log = run_help.run(config, "train.on_save_error=continue", f"exp_dir={tmp_path}/on")
+    assert "step 2 could not be saved" in log and (run.folder / "webui" / "on-3.safetensors").is_file() and [path.name for path in (run.folder / "states").iterdir()] == ["3"]
 
 
 def test_layers_that_webui_has_no_name_for_are_told_before_the_first_step(config, tmp_path):

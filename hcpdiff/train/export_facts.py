@@ -43,9 +43,10 @@ def _steps(warmup: int | float, total: int) -> int:
 
 def _rates(cfg: RunConfig, trainables: Sequence[LoraTrainable]) -> dict[str, str]:
     """Learning rates and dropout; one number where all groups have the same, else the list."""
-    of_unet = [group.lr for t in trainables if DENOISER in t.touches for group in t.groups]
-    of_text = [group.lr for t in trainables if DENOISER not in t.touches for group in t.groups]
-    dropouts = [group.dropout for t in trainables for group in t.groups]
+    used = [(t, t.groups[number]) for t in trainables for number in sorted(set(t.group_of.values()))]  # a group may be of another component alone
+    of_unet = [group.lr for t, group in used if DENOISER in t.touches]
+    of_text = [group.lr for t, group in used if DENOISER not in t.touches]
+    dropouts = [group.dropout for _, group in used]
     return {"ss_unet_lr": _one_or_all(of_unet), "ss_text_encoder_lr": _one_or_all(of_text), "ss_learning_rate": _one_or_all(of_unet or of_text),
             "ss_network_dropout": _one_or_all(dropouts) if any(dropouts) else "None"}
 

@@ -252,6 +252,11 @@ class Run:
                 "prediction_type": self.base.prediction, "base_mark": self.base.marks[denoiser_of(self.base.family).name], "versions": json.dumps(report.versions()),
                 "settings": json.dumps(settings)}
 
+    def _started(self) -> float:
+        """When the training began, in seconds since 1970: also of a resumed run, where its first part noted it."""
+        before = self.place.resumed.state["run"].get("started") if self.place.resumed else None
+        return before or self.loaded.now.timestamp()
+
     @functools.cached_property
     def described(self) -> dict:
         """What `compare` needs to know of this run; of the data as it was at the start, not as it is when a state is saved."""
