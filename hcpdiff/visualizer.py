@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         request = read(loaded.config)
     except ConfigError as error:
-        given = {"pretrained_model": loaded.config.pretrained_model, "config": loaded.config.config, "prediction_type": loaded.config.prediction_type,
+        given = {"pretrained_model": loaded.config.pretrained_model, "config": loaded.config.config, "prediction_type": loaded.config.prediction_type, "vae": loaded.config.vae,
                  **{f"new_components.{name}": spec for name, spec in loaded.config.new_components.items()}}
         raise ConfigError(error.faults + quick_checks(given)) from error
     from hcpdiff.quiet import quiet_libraries
@@ -52,7 +52,7 @@ def quick_checks(passed: Mapping[str, Any]) -> list[str]:
     """Beside a config's own faults, or its prompts' and files': what can be said of the base model without torch."""
     from hcpdiff.families import quick_faults
 
-    replaced = [key.split(".")[1] for key in passed if key.startswith("new_components.")]
+    replaced = [key.split(".")[1] for key in passed if key.startswith("new_components.")] + (["vae"] if passed.get("vae") else [])
     if "pretrained_model" not in passed:
         return []
     told = passed.get("prediction_type", "auto")

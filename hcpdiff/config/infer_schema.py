@@ -19,7 +19,7 @@ REMOVED = {
     "model_steps": "was removed; name the file in lora_path, such as exps/<run>/ckpts/unet-1000.safetensors.",
     "lora_scale": "is called lora_alpha.", "negative_prompt": "is called neg_prompt.", "num_inference_steps": "belongs below infer_args.",
     "guidance_scale": "belongs below infer_args.", "width": "belongs below infer_args.", "height": "belongs below infer_args.",
-    "save_root": "is called out_dir.", "vae": "is given as new_components.vae.", "scheduler": "is given as new_components.scheduler.",
+    "save_root": "is called out_dir.", "scheduler": "is given as new_components.scheduler.",
     "mixed_precision": "is called dtype here.", "num_images": "is given as bs (at once) and num (how often).",
 }
 
@@ -86,6 +86,9 @@ class InferConfig:
     revision: str | None = key(None, "Branch, tag or commit on the hub.", "hub 上的分支、标签或提交。")
     variant: str | None = key(None, "Weight variant on the hub or in the folder, such as fp16.", "权重变体，例如 fp16。")
 
+    vae: str | None = key(None, "Another VAE: a folder in diffusers format, a single .safetensors file, or a hub id.",
+                          "替换 VAE：diffusers 格式的文件夹、单个 .safetensors 文件，或 hub 上的模型名。", exists="model")
+
     prompt: str | list[str] = key("", "What to draw: `{text:1.2}` weighs text, `{text}` means 1.1. A list: each prompt is drawn bs × num times.",
                                   "提示词：`{文本:1.2}` 调整权重，`{文本}` 为 1.1。列表：每个提示词各画 bs × num 张。")
     neg_prompt: str | list[str] = key("", "Negative prompt, one for all or one per prompt.", "反向提示词：共用一个，或每个提示词各一个。")
@@ -135,7 +138,9 @@ class InferConfig:
     save: SaveConfig = key(SaveConfig, "How pictures are written.", "图片保存方式。")
 
     def check(self) -> Iterator[str]:
-        """Faults of infer_args that need no pipeline to be seen, and of bs × num."""
+        """Faults of infer_args that need no pipeline to be seen, of bs × num, and of two VAEs."""
+        if self.vae and "vae" in self.new_components:
+            yield "vae and new_components.vae both give a VAE; leave one of them out"
         if self.bs * self.num > 100_000:
             yield f"bs × num = {self.bs} × {self.num} pictures of each prompt; at most 100000 are drawn in one run"
         for name in self.infer_args:

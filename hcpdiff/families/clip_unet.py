@@ -11,10 +11,10 @@ from ..errors import ConfigError, HCPError
 from . import clip_text
 from .base import DENOISER, Component, Models, Tokens, component_of, text_components
 from .place import Place, check_vae, load_vae, open_place
+from .single_file import keys_for
 from .source import MODEL_KEY
 from .unet_names import text_path
 
-VAE_KEY = "model.vae"
 MOST_TIMESTEPS = 1_000_000  # published models have 1000
 
 
@@ -51,7 +51,7 @@ class ClipUnet:
         needed = [part for part in (self.parts if parts is None else parts) if not (part == "vae" and vae)]
         faults: list[str] = []
         for check in (lambda: place.check([*needed, *self._tokenizer_names(), "scheduler"], key), lambda: self._check_numbers(place),
-                      lambda: vae and check_vae(vae, place, VAE_KEY)):
+                      lambda: vae and check_vae(vae, place, keys_for(key).vae)):
             try:
                 check()
             except HCPError as error:
@@ -86,7 +86,7 @@ class ClipUnet:
         import transformers
 
         if part == "vae" and vae:
-            return load_vae(diffusers.AutoencoderKL, vae, place, torch.float32, VAE_KEY)
+            return load_vae(diffusers.AutoencoderKL, vae, place, torch.float32, keys_for(key).vae)
         kinds = {"vae": diffusers.AutoencoderKL, "unet": diffusers.UNet2DConditionModel}
         kind = kinds.get(part) or getattr(transformers, self.text_kinds[part])
         return place.load(kind, part, torch.float32 if part == "vae" else dtype, variant, key)

@@ -61,6 +61,7 @@ _PARTS_ALONE = (  # where there is no UNet in LDM's spelling
 )
 _CHANNELS = {9: "an inpainting model", 8: "an InstructPix2Pix (edit) model", 7: "an upscaler", 5: "a depth-to-image model"}
 USUAL_CHANNELS = 4
+REFINER_CONTEXT = 1280  # SDXL's refiner reads OpenCLIP-G alone
 
 
 def kind_of(shapes: Shapes, vae: str, lora: str) -> Kind | str:
@@ -90,9 +91,9 @@ def _by_encoders(shapes: Shapes) -> Kind | str:
 
     if has(f"{UNET}label_emb."):
         context = next((shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight") and len(shape) == 2), 0)
-        if has("conditioner.embedders.1.") or not has("conditioner.") and not has("cond_stage_model.") and context != 1280:
+        if has("conditioner.embedders.1.") or has("conditioner.embedders.0.transformer.") or not has("conditioner.") and not has("cond_stage_model.") and context != REFINER_CONTEXT:
             return SDXL
-        if has("conditioner.") or context == 1280:
+        if has("conditioner.") or context == REFINER_CONTEXT:
             return "the refiner of Stable Diffusion XL, which is not trained or drawn with here: name the base model"
         return "a model with class embeddings (an upscaler or unCLIP), which is not supported"
     if has("cond_stage_model.model."):

@@ -40,7 +40,7 @@ def keys_for(key: str) -> Keys:
     """The keys beside that of the base model: the trainer's or the visualizer's."""
     if key.startswith("model."):
         return Keys("model.config", "model.prediction_type", "model.vae", "model.init_lora")
-    return Keys("config", "prediction_type", "new_components.vae", "lora_path")
+    return Keys("config", "prediction_type", "vae", "lora_path")
 
 
 @dataclass(frozen=True)
@@ -165,10 +165,9 @@ class SingleFile:
         facts = {}
         if self.kind is SD2 and self.has_config("scheduler") and self._schedule[0]["prediction_type"] == "v_prediction":
             facts["sample_size"] = file_configs.V_SIZE
-        projection = self.shapes.get(f"{(self._layout('text_encoder_2') or ('',))[0]}text_projection") if "text_encoder_2" in self.kind.layouts else None
         added = self.shapes.get(f"{file_kind.UNET}label_emb.0.0.weight")
-        if projection and added:  # pooled text, and six numbers of sizes and crop
-            facts["addition_time_embed_dim"] = (added[1] - projection[1]) // 6
+        if added and "text_encoder_2" in self.kind.layouts and self.has_config("text_encoder_2"):  # pooled text, and six numbers of sizes and crop
+            facts["addition_time_embed_dim"] = (added[1] - self.config("text_encoder_2")["projection_dim"]) // 6
         return facts
 
     def where(self, part: str) -> Path | str:

@@ -131,7 +131,7 @@ def check_parts(request: Request, allow: Sequence[str], say: Callable[[str], Non
 def load(cfg: InferConfig, family: Family, base: Place, dtype: torch.dtype, allow: Sequence[str]) -> tuple[Models, object]:
     """The base model with its new components, in `dtype` on the CPU, and the sampler."""
     parts = [name for name in (*(c.name for c in family.components), "vae") if name not in cfg.new_components]
-    models = family.load(base, cfg.pretrained_model, parts, dtype, variant=cfg.variant, key=MODEL_KEY)
+    models = family.load(base, cfg.pretrained_model, parts, dtype, cfg.vae, cfg.variant, MODEL_KEY)
     if cfg.prediction_type != "auto":
         models.scheduler_config = {**models.scheduler_config, "prediction_type": cfg.prediction_type}
     for name, part in components.build_all(cfg.new_components, allow).items():
