@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from lora_help import SD1, command, fails, random_lora, sd1_layers, webui_file
+from lora_help import SDXL, command, fails, random_lora, sd1_layers, webui_file
 from tiny import make_unet
 
 from hcpdiff.checkpoint.format import load_lora
-from hcpdiff.checkpoint.io import read_tensors
+from hcpdiff.checkpoint.io import read_tensors, save_tensors
 from hcpdiff.lora_tensors import LoraTensors
 from hcpdiff.lora_tools.algebra import Limit, concatenated, nearest, norm, truncated
 from hcpdiff.tools import lora_merge
@@ -155,12 +155,16 @@ def test_mistakes_are_named_together_and_nothing_is_written(merge, tmp_path):
     webui_file("one.safetensors", sd1_layers(1))
     webui_file("xl.safetensors", {"unet": {path: random_lora((640, 2048), 1) for path in ("down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",)}})
     webui_file("mine.safetensors", sd1_layers(3))
+    tensors, _ = read_tensors(webui_file("unsaid.safetensors", {"unet": {"down_blocks.3.resnets.0.conv1": random_lora((64, 64, 3, 3), 1)}}))
+    save_tensors("unsaid.safetensors", tensors, {})  # SD1 or SD2, nothing says which
+    webui_file("true_xl.safetensors", {"unet": {"down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k": random_lora((640, 2048), 1)}}, SDXL, "sdxl_base_v1-0")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     fails(merge(), "--lora_path is missing", "--dump_path is missing")
     fails(merge("--lora_path", "one.safetensors", "--alpha", "1", "2", "nan", "--rank", "0", "--energy", "1.5", "--metadata", "x=y", "--dump_path", "x.ckpt"),
           "6 faults", "3 numbers for 1 LoRA", "nan", "--rank 0", "--energy 1.5", "is a pickle", "--metadata 'x=y'")
     fails(merge("--lora_path", "on.safetensors", "--dump_path", "x"), "does not exist", "one.safetensors")
     fails(merge("--lora_path", "one.safetensors", "xl.safetensors", "--dump_path", "x"), "for different base models")
+    fails(merge("--lora_path", "true_xl.safetensors", "unsaid.safetensors", "--dump_path", "x"), "for different base models", "has no unet down_blocks.3.resnets.0.conv1")
     fails(merge("--lora_path", "one.safetensors", "--alpha", "0", "--dump_path", "x"), "nothing is left")
     fails(merge("--lora_path", "one.safetensors", "--dump_path", "one.safetensors", "--overwrite"), "is a file that is read")
     fails(merge("--lora_path", "one.safetensors", "--dump_path", "mine.safetensors"), "exists and was not made by this command", "--overwrite")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from ..checkpoint.convert import Found
+from ..checkpoint.convert import Found, Layers
 from ..checkpoint.export import payload_hash
 from ..checkpoint.format import META_BASE_MODEL, META_BASE_VERSION
 from ..checkpoint.metadata import META_PREDICTION
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace, sources: list, lines: list[str]) -> int:
     path = output.target(args, (path for _, paths in sources for path in paths), TOOL)
     found = common_family(entries, args.family, out)
     whole = merged(entries)
+    check_names(whole, found)
     limit = Limit(args.rank, args.energy)
     result = whole if limit == Limit() else {component: {layer: truncated(lora, limit) for layer, lora in named.items()} for component, named in whole.items()}
     dtype = output.narrow(result, (lora for _, _, lora, _ in terms(entries)))
@@ -110,6 +111,13 @@ def common_family(entries: Sequence[Weighted], told: str | None, out: Console) -
     found = settled[0][1]
     out.print(f"family: {found.family.title} ({found.version or found.family.version}), {found.how}")
     return found
+
+
+def check_names(layers: Layers, found: Found) -> None:
+    """CheckpointError where a layer is none of the family's: the LoRA that brings it is for another base model."""
+    foreign = [f"{component} {path}" for component, named in layers.items() for path in named if found.family.webui_base(component, path) is None]
+    if foreign:
+        raise CheckpointError(f"the LoRA are for different base models: {found.family.title} has no {foreign[0]}{f', and {len(foreign) - 1} more' if len(foreign) > 1 else ''}.")
 
 
 def made_from(entries: Sequence[Weighted]) -> list[dict]:
