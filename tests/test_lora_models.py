@@ -167,7 +167,7 @@ def test_mistakes_about_models(world, tool, tmp_path):
     fails(into(place / "model.safetensors", "--dump_path", place / "model.safetensors", "--overwrite"), "is a file that is read")
     fails(into(place / "model.safetensors", "--dump_path", lora, "--overwrite"), "is a file that is read")
     fails(into(place / "model.safetensors", "--dump_path", "x", "--rank", "4", "--save_dtype", "fp16"), "--rank, --save_dtype: not with --base_model")
-    fails(into(lora, "--dump_path", "x"), "layers of unet are not in lora.safetensors")
+    fails(into(lora, "--dump_path", "x"), "lora.safetensors is a LoRA, not a base model: it can be --lora_path", "layers of unet are not in lora.safetensors")
     fails(into(place / "folder", "--dump_path", "x", "--alpha", "1e8"), "would hold values that float16 cannot")
     fails(into(place / "folder", "--dump_path", "x", "--alpha", "0"), "nothing would change")
     fails(tool(lora_extract, "--base_model", place / "folder", "--tuned_model", place / "model.safetensors", "--rank", "2", "--dump_path", "x"), "do not differ in any layer")

@@ -85,7 +85,7 @@ def _plan(model: BaseModel, entries: Sequence[Weighted]) -> tuple[Plan, list[str
     for component, named in gathered.items():
         for path, parts in named.items():
             for spot in model.spots(component, path):
-                plan.setdefault(spot.file.path, {}).setdefault(spot.place.key, []).append((component, spot, parts))
+                plan.setdefault(spot.file.path, {}).setdefault(spot.place.name, []).append((component, spot, parts))
     ema = any(key.startswith("model_ema.") for file in model.files for key in file.header.entries)
     return plan, ["the averaged (EMA) copy of the weights in the file stays as it is; programs draw with the other one"] if ema else []
 
@@ -98,7 +98,7 @@ def baked(tensor: Tensor, changes: Sequence[tuple[str, Spot, Terms]], tallies: d
         spot.cut(exact).add_(sum(weight * lora.delta(exact.dtype) for lora, weight in parts).reshape(spot.shape))
     rounded = exact.to(tensor.dtype)
     if not bool(torch.isfinite(rounded.float()).all()):
-        raise CheckpointError(f"{changes[0][1].place.key} would hold values that {str(tensor.dtype).removeprefix('torch.')} cannot (or it holds inf or nan already): "
+        raise CheckpointError(f"{changes[0][1].place.name} would hold values that {str(tensor.dtype).removeprefix('torch.')} cannot (or it holds inf or nan already): "
                               f"lower the weights, or take a base model in a wider type.")
     for component, spot, _ in changes:
         tally = tallies.setdefault(component, Tally())

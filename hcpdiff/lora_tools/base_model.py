@@ -11,10 +11,11 @@ from ..checkpoint.format import COMPONENTS
 from ..checkpoint.io import read_tensor
 from ..checkpoint.safetensors_header import ITEM_BYTES, Header, read_header
 from ..errors import CheckpointError
+from ..families.file_kind import kind_of
+from ..families.ldm_names import Source
 from ..families.source import read_index, resolve
 from ..lora_tensors import LoraTensors
 from . import base_names
-from .base_names import Place
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
@@ -32,17 +33,17 @@ class Spot:
     """A layer's weight in one of the files."""
 
     file: WeightFile
-    place: Place
+    place: Source
 
     @property
     def stored(self) -> tuple[int, ...]:
         """Shape of the tensor under the key."""
-        return self.file.header.entries[self.place.key].shape
+        return self.file.header.entries[self.place.name].shape
 
     @property
     def dtype(self) -> str:
         """Its type as safetensors names it."""
-        return self.file.header.entries[self.place.key].dtype
+        return self.file.header.entries[self.place.name].dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,7 +61,7 @@ class Spot:
 
     def read(self) -> Tensor:
         """The layer's weight in the type that it is stored in."""
-        return self.cut(read_tensor(self.file.path, self.file.header, self.place.key))
+        return self.cut(read_tensor(self.file.path, self.file.header, self.place.name))
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,9 @@ class BaseModel:
     def spots(self, component: str, path: str) -> list[Spot]:
         """Every copy of a layer's weight: more than one where a folder holds variants (fp16 beside fp32); none where the model lacks the layer."""
         if self.single:
-            found = [Spot(self.single, place) for place in base_names.in_single_file(component, path) if place.key in self.single.header.entries]
+            found = [Spot(self.single, place) for place in base_names.in_single_file(component, path) if place.name in self.single.header.entries]
             return found[:1]
-        return [Spot(file, place) for file in self.parts.get(component, ()) for place in base_names.in_folder(path) if place.key in file.header.entries]
+        return [Spot(file, place) for file in self.parts.get(component, ()) for place in base_names.in_folder(path) if place.name in file.header.entries]
 
     def spot(self, component: str, path: str) -> Spot | None:
         """The copy with the most digits."""
@@ -126,13 +127,21 @@ def misfits(model: BaseModel, layers: Layers) -> list[str]:
             if not spots:
                 lacking.setdefault(component, []).append(path)
             wrong += [f"{component} {path} ({spot.dtype} {spot.shape} in the model, {_full(lora)} in the LoRA)" for spot in spots if not _fits(spot, lora)]
-    lines = [f"{len(paths)} of {len(layers[component])} layers of {component} are not in {model.path.name}: {_few(paths)}." for component, paths in lacking.items()]
+    lines = _what_else(model) if sum(map(len, lacking.values())) == sum(map(len, layers.values())) else []
+    lines += [f"{len(paths)} of {len(layers[component])} layers of {component} are not in {model.path.name}: {_few(paths)}." for component, paths in lacking.items()]
     return lines + ([f"{len(wrong)} layers have another shape there, or a type that cannot be added to (scaled or quantized): {_few(wrong)}."] if wrong else [])
+
+
+def _what_else(model: BaseModel) -> list[str]:
+    """What a file is that has none of the layers."""
+    shapes = {name: entry.shape for file in model.files for name, entry in file.header.entries.items()} if model.single else {}
+    kind = kind_of(shapes, "the vae of a config", "--lora_path") if shapes else None
+    return [f"{model.path.name} is {kind}."] if isinstance(kind, str) else []
 
 
 def _scaled(spot: Spot) -> bool:
     """Whether the weight is stored as small numbers times a scale (scaled fp8)."""
-    base = spot.place.key.removesuffix("weight")
+    base = spot.place.name.removesuffix("weight")
     return any(f"{base}{name}" in spot.file.header.entries for name in ("scale_weight", "weight_scale", "weight_scale_inv", "weight.absmax"))
 
 

@@ -4,43 +4,32 @@ Single files: the UNet by its LDM names; CLIP-L as transformers names it; OpenCL
 and v in one tensor and the projection turned.
 """
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 
+from ..families.ldm_names import OPEN_CLIP, Source, sources
 from ..families.unet_names import ANY, clip_modules, unet_modules
 from ..families.webui import TEXT, TEXT_2, UNET
 
 _UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 _CLIP_PREFIXES = {TEXT: ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "text_encoder.", ""),
                   TEXT_2: ("conditioner.embedders.1.transformer.", "text_encoder_2.")}
-_OPEN_CLIP_PREFIXES = {TEXT: ("cond_stage_model.model.",), TEXT_2: ("conditioner.embedders.1.model.",)}
-_OPEN_CLIP = {"self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-_FUSED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.(.+)")
+_OPEN_CLIP_PREFIXES = {TEXT: "cond_stage_model.model.", TEXT_2: "conditioner.embedders.1.model."}
 CLIP_DEPTH = 32  # layers of OpenCLIP-G, the deepest encoder of any Stable Diffusion
 
 
-@dataclass(frozen=True)
-class Place:
-    """A layer's weight in a file: the key; which third of its rows (None: all of it); whether it is stored turned, (in, out)."""
-
-    key: str
-    third: int | None = None
-    turned: bool = False
-
-
-def in_folder(path: str) -> list[Place]:
+def in_folder(path: str) -> list[Source]:
     """Where a part's own file of a diffusers folder may have a layer's weight; text encoders with and without `text_model.`."""
-    return [Place(f"{name}.weight") for name in dict.fromkeys((path, path.removeprefix("text_model.")))]
+    return [Source(f"{name}.weight") for name in dict.fromkeys((path, path.removeprefix("text_model.")))]
 
 
-def in_single_file(component: str, path: str) -> list[Place]:
+def in_single_file(component: str, path: str) -> list[Source]:
     """Where a single file may have it."""
     if component == UNET:
-        return [Place(f"{prefix}{name}.weight") for prefix in _UNET_PREFIXES for name in _ldm(path)] + [Place(f"{prefix}{path}.weight") for prefix in ("", "unet.")]
-    found = [Place(prefix + place.key) for prefix in _CLIP_PREFIXES[component] for place in in_folder(path)]
-    return found + [Place(prefix + place.key, place.third, place.turned) for prefix in _OPEN_CLIP_PREFIXES[component] for place in _open_clip(path)]
+        return [Source(f"{prefix}{name}.weight") for prefix in _UNET_PREFIXES for name in _ldm(path)] + [Source(f"{prefix}{path}.weight") for prefix in ("", "unet.")]
+    found = [replace(place, name=prefix + place.name) for prefix in _CLIP_PREFIXES[component] for place in in_folder(path)]
+    weight = f"{path}.weight"
+    return found + [replace(place, name=_OPEN_CLIP_PREFIXES[component] + place.name) for place in sources(OPEN_CLIP, [weight], {})[weight]]
 
 
 def known_layers() -> Iterator[tuple[str, str]]:
@@ -57,15 +46,3 @@ def _ldm(path: str) -> list[str]:
         return []
     # an upsampler's number depends on whether its block has attention
     return [module.ldm, module.ldm.replace(".2.conv", ".1.conv")] if ".upsamplers." in path else [module.ldm]
-
-
-def _open_clip(path: str) -> list[Place]:
-    if path == "text_projection":
-        return [Place("text_projection", turned=True)]
-    match = _LAYER.fullmatch(path)
-    if match is None:
-        return []
-    block = f"transformer.resblocks.{match[1]}"
-    if match[2] in _FUSED:
-        return [Place(f"{block}.attn.in_proj_weight", third=_FUSED.index(match[2]))]
-    return [Place(f"{block}.{_OPEN_CLIP[match[2]]}.weight")] if match[2] in _OPEN_CLIP else []

@@ -145,7 +145,7 @@ def others(base: BaseModel, tuned: BaseModel, parts, lost: dict[str, dict[str, L
 
 def _rest(base: BaseModel, tuned: BaseModel, parts) -> Iterator[tuple[WeightFile, WeightFile, str]]:
     """(file, file, name) of the parts' tensors that are no layer's weight, and are in both models."""
-    layers = {(spot.file.path, spot.place.key) for _, _, spot in base.layers()}
+    layers = {(spot.file.path, spot.place.name) for _, _, spot in base.layers()}
     prefixes = tuple(prefix for part in parts for prefix in _PARTS[part])
     for part in parts if base.single is None else ("",):
         olds, news = ([model.single] if model.single else model.parts.get(part, []) for model in (base, tuned))
