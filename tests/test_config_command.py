@@ -23,7 +23,7 @@ WRONG = {
     "comment after a backslash": (["--cfg", "good.yaml", "unet_lr=0.0002", " #", "text"], "A comment after a '\\'"),
     "key twice": (["--cfg", "twice.yaml"], "stands here a second time (first in line 2)"),
     "tab": (["--cfg", "tabs.yaml"], "Indent with spaces"),
-    "no model folder": (["--cfg", "good.yaml", "model.pretrained_model_name_or_path=./models/sd"], "is no folder here"),
+    "no model folder": (["--cfg", "good.yaml", "model.pretrained_model_name_or_path=./models/sd"], "is no folder or file here"),
     "no image folder": (["--cfg", "good.yaml", "data.dataset1.source.source1.img_root=picture"], "does not exist (looked from"),
     "no caption file": (["--cfg", "good.yaml", "data.dataset1.source.source1.caption_file=captions.json"], "does not exist"),
     "broken pattern": (["--cfg", "good.yaml", "lora_unet.0.layers=['re:attn(']"], "is no regular expression"),

@@ -122,7 +122,8 @@ def test_yaml_blocks_load(page, tmp_path, monkeypatch):
     (tmp_path / "train_data").mkdir()
     for block in blocks(page, "yaml"):
         text, schema = whole(block)
-        for path in re.findall(r"(?:img_root|caption_file|att_mask): '([^']+)'", text):
+        for path in re.findall(r"(?:img_root|caption_file|att_mask): '([^']+)'|: '([^']+\.safetensors)'", text):
+            path = "".join(path)
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).touch() if Path(path).suffix else (tmp_path / path).mkdir(exist_ok=True)
         (tmp_path / "block.yaml").write_text(text, encoding="utf-8")

@@ -28,6 +28,11 @@ def test_a_file_that_holds_no_model_says_what_is_taken(tmp_path):
     assert "is a file, but not one of .safetensors or .ckpt" in message(str(tmp_path / "model.pt"))
 
 
+def test_a_file_that_is_not_there_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "there is no such folder or file" in message("models/some.safetensors")
+
+
 def test_a_folder_of_something_else_is_named(tmp_path):
     with pytest.raises(ConfigError, match="no model_index.json"):
         detect(tmp_path)

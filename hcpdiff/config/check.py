@@ -99,7 +99,7 @@ def _existence(leaf: Leaf, carried: dict[tuple, Path]) -> str:
         return "is empty: name one" + (" or write null" if leaf.shape.nullable else "")
     if kind == "model":
         missing = (looks_local(text) or text.startswith("'")) and not os.path.exists(text)
-        return "is no folder here, and not the form of a hub id (name/name)" + _nearest(text) if missing else ""
+        return "is no folder or file here, and not the form of a hub id (name/name)" + _nearest(text) if missing else ""
     if kind == "carried":
         return _carried(leaf, carried)
     if kind == "file" and os.path.isdir(text):
@@ -118,7 +118,9 @@ def _carried(leaf: Leaf, carried: dict[tuple, Path]) -> str:
 
 
 def looks_local(text: str) -> bool:
-    """Whether a model's name can only be a folder: hub ids are 'name/name'."""
+    """Whether a model's name can only be a folder or a file: hub ids are 'name/name'."""
+    if text.lower().endswith((".safetensors", ".ckpt")):
+        return True
     return text.startswith((".", "/", "~")) or "\\" in text or text.count("/") != 1 or text.endswith("/") or bool(re.match(r"[A-Za-z]:", text))
 
 

@@ -31,6 +31,8 @@ def resolve(source: str, revision: str | None = None, variant: str | None = None
 
 
 def _looks_local(source: str) -> bool:
+    if source.lower().endswith(SINGLE):
+        return True
     return source.startswith((".", "/", "~")) or "\\" in source or source.count("/") != 1 or source.endswith("/") or Path(source).parent.is_dir()
 
 
@@ -81,7 +83,7 @@ def find_part(source: str, part: str, key: str) -> tuple[Path | str, dict]:
             raise ConfigError([f"{key} = {source!r} is no {part} in diffusers format:"] + faults)
         return place, {}
     if folder.is_file() or _looks_local(source):
-        what = "is a file; a folder" if folder.is_file() else f"is no folder here (working directory: {Path.cwd()}).{_near(folder)} A folder"
+        what = "is a file; a folder" if folder.is_file() else f"is no folder or file here (working directory: {Path.cwd()}).{_near(folder)} A folder"
         raise ConfigError(f"{key} = {source!r} {what} in diffusers format or a hub id (name/name) is needed.")
     try:
         for options in ({}, {"subfolder": part}):
