@@ -62,3 +62,5 @@ def test_the_trainer_knows_no_family():
         for path in (ROOT / place).rglob("*.py"):
             names = re.findall(r"\b(sdxl|flux|StableDiffusion\w*|families\.sd|UNet2DConditionModel|CLIPTextModel)\b", path.read_text(encoding="utf-8"))
             assert not names, f"{path.relative_to(ROOT)} names {set(names)}"
+            parts = re.findall(r"""["'.](unet|text_encoder(?:_2)?|tokenizer(?:_2)?|te[12])["'.]""", path.read_text(encoding="utf-8"))
+            assert not parts, f"{path.relative_to(ROOT)} names parts of a model: {set(parts)}; ask the family"

@@ -294,7 +294,7 @@ def test_faults_of_the_second_stage_come_together(ours, tmp_path):
         ours(infer_args={"num_inference_steps": 1001})
     with pytest.raises(ConfigError, match="attention = 'xformers': xformers is not installed"):
         ours(attention="xformers")
-    with pytest.raises(ConfigError, match="clip_skip = 3; this text encoder has 3 layers"):
+    with pytest.raises(ConfigError, match="clip_skip = 3; of this text encoder at most 2 layers can be skipped"):
         ours(clip_skip=3)
     with pytest.raises((ConfigError, CheckpointError), match="pretrained_model = "):
         ours(pretrained_model=str(tmp_path / "nothing"))

@@ -194,3 +194,29 @@ def test_config_beside_a_picture_means_the_same(tmp_path, prompt, ckpts):
     assert (again.texts, again.neg_texts, [p.seed for p in again.pictures]) == ((prompt,), ("",), [1])
     assert [(s.path, s.path_TE, s.strength) for s in again.loras] == [(s.path, s.path_TE, s.strength) for s in made.loras]
     assert again.cfg.infer_args == {"num_inference_steps": 25, "guidance_scale": 7.5, "width": 64, "height": 96}
+
+
+@pytest.fixture
+def both(tmp_path):
+    return touch(tmp_path / "xl" / "ckpts", "unet-7.safetensors", "text_encoder-7.safetensors", "text_encoder_2-7.safetensors", "text_encoder-9.safetensors")
+
+
+def texts(tmp_path, **keys):
+    finder = Finder()
+    (source,) = finder.all(config(tmp_path, **keys))
+    return [path.name for path in source.text_files], finder.notices
+
+
+def test_files_of_two_text_encoders_are_taken_together(tmp_path, both):
+    first, second = (str(both / f"{stem}-7.safetensors") for stem in ("text_encoder", "text_encoder_2"))
+    unet, names = str(both / "unet-7.safetensors"), ["text_encoder-7.safetensors", "text_encoder_2-7.safetensors"]
+    assert texts(tmp_path, lora_path=unet)[0] == texts(tmp_path, lora_path=unet, lora_path_TE=[first, second])[0] == names
+    assert texts(tmp_path, merge=[MergeItem(path=unet, path_TE=[first, second])])[0] == names
+    assert texts(tmp_path, lora_path=unet, lora_path_TE=None) == ([], [])
+    one, notices = texts(tmp_path, lora_path=unet, lora_path_TE=second)
+    assert one == names[1:] and "text_encoder-7.safetensors lies beside text_encoder_2-7.safetensors and is not used" in notices[0]
+    (both / "text_encoder-9.safetensors").unlink()
+    assert texts(tmp_path, lora_path=unet, lora_path_TE=str(both.parent))[0] == names  # a run folder is all of its step
+    finder = Finder()
+    finder.all(config(tmp_path, merge=[MergeItem(path=unet, path_TE=[first, second, unet])]))
+    assert "at most two text encoders" in finder.faults[0]

@@ -31,10 +31,14 @@ OWNED = {
     "callback": "it is not needed", "callback_steps": "it is not needed", "callback_on_step_end": "it is not needed",
     "callback_on_step_end_tensor_inputs": "it is not needed", "cross_attention_kwargs": "a LoRA's strength is lora_alpha",
     "ip_adapter_image": "IP-adapter is not built yet", "ip_adapter_image_embeds": "IP-adapter is not built yet",
+    "prompt_2": "both text encoders read the key prompt", "negative_prompt_2": "both text encoders read the key neg_prompt",
+    "pooled_prompt_embeds": "they come from the key prompt", "negative_pooled_prompt_embeds": "they come from the key neg_prompt",
     "image": "img2img is not built yet", "strength": "img2img is not built yet", "mask_image": "inpaint is not built yet",
 }
 # Least value, and whether it is an integer, of the arguments that every pipeline has.
 NUMBERS = {"width": (8, int), "height": (8, int), "num_inference_steps": (1, int), "guidance_scale": (0, float), "guidance_rescale": (0, float), "eta": (0, float)}
+# Pairs of whole numbers of SDXL's pipeline, (height, width) or (top, left).
+PAIRS = ("original_size", "crops_coords_top_left", "target_size", "negative_original_size", "negative_crops_coords_top_left", "negative_target_size")
 
 
 @dataclass
@@ -42,8 +46,8 @@ class MergeItem:
     """One LoRA among several."""
 
     path: str | None = key(None, "LoRA file, or a run folder (its newest).", "LoRA 文件，或训练输出文件夹（取最新）。", path=True)
-    path_TE: str | None = key("auto", "LoRA file of the text encoder. auto: the file of that step beside `path`; null: none.",
-                              "文本编码器的 LoRA 文件。auto：取 path 旁边同一步的文件；null：不使用。", path=True)
+    path_TE: str | list[str] | None = key("auto", "LoRA file of the text encoder. auto: the files of that step beside `path`; null: none. A list of two: SDXL's encoders.",
+                                          "文本编码器的 LoRA 文件。auto：取 path 旁边同一步的文件；null：不使用。SDXL 可用两个文件的列表。", path=True)
     alpha: float = key(1.0, "Strength on the UNet; 1 is what was trained.", "UNet 上的强度；1 为训练时的效果。")
     alpha_TE: float | None = key(None, "Strength on the text encoder. null: as alpha.", "文本编码器上的强度；null 与 alpha 相同。")
     layers: str | list[str] = key("all", "all, or patterns as in training's `layers`: only these layers of the file are used.",
@@ -105,8 +109,9 @@ class InferConfig:
 
     lora_path: str | list[str] | None = key(None, "LoRA file (ours, webui/kohya, PEFT, ancestor) or a run folder (its newest); a list for several. null: none.",
                                             "LoRA 文件（本框架、webui/kohya、PEFT、旧版）或训练输出文件夹（取最新）；可为列表。null 为不使用。", path=True)
-    lora_path_TE: str | list[str] | None = key("auto", "LoRA file of the text encoder. auto: the file of that step beside lora_path; null: none.",
-                                               "文本编码器的 LoRA 文件。auto：取 lora_path 旁边同一步的文件；null：不使用。", path=True)
+    lora_path_TE: str | list[str] | None = key("auto", "LoRA file of the text encoder. auto: the files of that step beside lora_path; null: none. "
+                                               "A list: one per lora_path, or beside one lora_path the files of SDXL's two encoders.",
+                                               "文本编码器的 LoRA 文件。auto：取 lora_path 旁边同一步的文件；null：不使用。列表：与 lora_path 一一对应；只有一个 lora_path 时为 SDXL 两个编码器的文件。", path=True)
     lora_alpha: float | list[float] = key(1.0, "Strength of the LoRA; 1 is what was trained, 0 is the base model. A list: one per lora_path.",
                                           "LoRA 强度；1 为训练时的效果，0 等于底模。列表：与 lora_path 一一对应。")
     lora_alpha_TE: float | list[float] | None = key(None, "Strength on the text encoder. null: as lora_alpha.", "文本编码器上的强度；null 与 lora_alpha 相同。")
@@ -120,9 +125,9 @@ class InferConfig:
     num: int = key(1, "How often: bs × num pictures per prompt.", "次数：每个提示词共 bs × num 张。", ge=1, le=100_000)
     infer_args: dict = key({}, "Arguments of the pipeline: width, height (default: the model's own size), num_inference_steps, guidance_scale, eta …",
                            "pipeline 的参数：width、height（默认为模型自身尺寸）、num_inference_steps、guidance_scale、eta 等。")
-    new_components: dict[str, dict] = key({}, "Parts that replace the model's own, by _target_: scheduler, vae, unet, text_encoder, tokenizer. "
+    new_components: dict[str, dict] = key({}, "Parts that replace the model's own, by _target_: scheduler, vae, unet, text_encoder, tokenizer (SDXL: text_encoder_2, tokenizer_2 too). "
                                           "A scheduler takes what it leaves out from the model's own.",
-                                          "用 _target_ 替换模型部件：scheduler、vae、unet、text_encoder、tokenizer。scheduler 未写的参数取自底模。", slot="component")
+                                          "用 _target_ 替换模型部件：scheduler、vae、unet、text_encoder、tokenizer（SDXL 还有 text_encoder_2、tokenizer_2）。scheduler 未写的参数取自底模。", slot="component")
 
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "Compute precision. auto: bf16 or fp16 on a GPU, fp32 on a CPU. LoRA factors stay fp32.",
                                                          "计算精度。auto：GPU 用 bf16 或 fp16，CPU 用 fp32。LoRA 权重保持 fp32。")
@@ -153,3 +158,7 @@ class InferConfig:
             good = number and least <= value <= most and (kind is float or float(value).is_integer())
             if value is not None and not good:
                 yield f"infer_args.{name} = {value!r}; it must be {'a whole number' if kind is int else 'a number'}, at least {least} and at most {most}"
+        for name in PAIRS:
+            value = self.infer_args.get(name)
+            if value is not None and not (isinstance(value, (list, tuple)) and len(value) == 2 and all(type(side) is int and 0 <= side <= 10**6 for side in value)):
+                yield f"infer_args.{name} = {value!r}; it must be a pair of whole numbers: {'[top, left]' if 'crop' in name else '[height, width]'}"

@@ -117,6 +117,9 @@ class Family(Protocol):
     def latent_geometry(self, folder: Path | Place) -> tuple[int, int]:
         """(pixels per latent cell and side, latent channels) of a base model."""
 
+    def own_area(self, folder: Path | Place) -> int:
+        """Pixels of the pictures that a base model was made for."""
+
     def aliases(self, component: str, path: str) -> tuple[str, ...]:
         """The names under which a module of a component may be called in a pattern; path '' is the component itself."""
 
@@ -146,6 +149,9 @@ class Family(Protocol):
 
     def alphas_cumprod(self, models: Models) -> Tensor:
         """(T,) float32, from the base model's scheduler config."""
+
+    def vae_dtype(self, vae: nn.Module, dtype: torch.dtype) -> torch.dtype:
+        """What a VAE draws in where the rest of the model is in `dtype`."""
 
     def checkpointing(self, models: Models, component: str) -> None:
         """Turns gradient checkpointing on."""

@@ -43,7 +43,12 @@ class ClipUnet:
         if "vae" in modules:  # what latents need of the VAE outlives it
             models.extra["latent_shift"], models.extra["latent_scale"] = latent_affine(models.vae.config)
             self._check_channels(models, key)
+        models.extra.update(self._extras(place))
         return models
+
+    def _extras(self, place: Place) -> dict:
+        """What else is to be known of a base model."""
+        return {}
 
     def check(self, folder: Path | Place, parts: Sequence[str] | None = None, vae: str | None = None, key: str = MODEL_KEY) -> None:
         """ConfigError that names everything of the parts, the tokenizers and the scheduler that is not there or cannot be used."""
@@ -100,6 +105,14 @@ class ClipUnet:
             raise ConfigError(f"{path} is not the config of a VAE: block_out_channels = {str(blocks)[:60]}, latent_channels = {str(channels)[:60]}.")
         return 2 ** (len(blocks) - 1), channels
 
+    def own_area(self, folder: Path | Place) -> int:
+        """Pixels of the pictures that a base model was made for, from its UNet's config; 0 where it does not say."""
+        place = open_place(folder)
+        size = place.config("unet").get("sample_size")
+        sides = size if isinstance(size, (list, tuple)) else [size, size]
+        factor = self.latent_geometry(place)[0]
+        return sides[0] * sides[1] * factor**2 if len(sides) == 2 and all(type(side) is int for side in sides) else 0
+
     def aliases(self, component: str, path: str) -> tuple[str, ...]:
         """Text-encoder modules are known with and without `text_model.`, and where there are several, by the encoder's short name before it; the path '' is the whole part."""
         own = component_of(self, component)
@@ -138,6 +151,10 @@ class ClipUnet:
     def alphas_cumprod(self, models: Models) -> Tensor:
         """(T,) float32, zero terminal SNR included where the config asks for it."""
         return _schedule(models.scheduler_config, models.folder / "scheduler").alphas_cumprod
+
+    def vae_dtype(self, vae: torch.nn.Module, dtype: torch.dtype) -> torch.dtype:
+        """`dtype`: what comes out of it black or not finite is decoded again in fp32."""
+        return dtype
 
     def checkpointing(self, models: Models, component: str) -> None:
         """Turns gradient checkpointing on for the UNet or a text encoder."""

@@ -9,6 +9,8 @@ from ..device import send
 from . import clip_text
 from .base import DENOISER, TEXT, Component, Conditioning, Models, Tokens, text_components
 from .clip_unet import ClipUnet, tokenizer_of
+from .place import Place
+from .source import read_json
 
 SIZES = ("original_size", "crop_top_left", "target_size")  # in the order of the time ids
 
@@ -24,6 +26,12 @@ class StableDiffusionXL(ClipUnet):
         Component("text_encoder_2", "lora_text_encoder", "text_encoder_2", "lora_te2", TEXT, "te2"),
     )
     text_kinds = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
+
+    def _extras(self, place: Place) -> dict:
+        """zero_negative: an empty negative prompt is zeros, not encoded text, as the model was trained with left-out captions (decision 0071)."""
+        path = place.path / "model_index.json"  # a single file has none, and is as SDXL's own
+        index = read_json(path) if path.is_file() else {}
+        return {"zero_negative": index.get("force_zeros_for_empty_prompt", True) is not False}
 
     def encode_text(self, models: Models, tokens: Tokens, clip_skip: int = 0) -> Conditioning:
         """Token ids 2 x (B,R,77) -> hidden (B, R*77, D1 + D2), pooled (B, P).
@@ -52,6 +60,10 @@ class StableDiffusionXL(ClipUnet):
         """The UNet's prediction (B,4,h,w). The sizes stay whole numbers until their sinusoids are made: bf16 would round 1025 to 1024."""
         added = {"text_embeds": cond.pooled, "time_ids": torch.cat([extras[name] for name in SIZES], dim=1)}
         return models.unet(x_t, t, encoder_hidden_states=cond.hidden, added_cond_kwargs=added, return_dict=False)[0]
+
+    def vae_dtype(self, vae: torch.nn.Module, dtype: torch.dtype) -> torch.dtype:
+        """fp32 instead of fp16 where its config says `force_upcast`: SDXL's own VAE overflows fp16 in every picture, mended ones say false."""
+        return torch.float32 if dtype == torch.float16 and vae.config.get("force_upcast", True) else dtype
 
     def base_version(self, models: Models) -> str:
         """sdxl_base_v1-0, as kohya's metadata names it and webui looks for it."""

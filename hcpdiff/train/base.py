@@ -1,12 +1,12 @@
 """The base model of a run: found and checked before anything large is read, then loaded, with marks by which a resumed run knows it again."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from ..config.build import build
-from ..config.schema import ModelConfig, TrainConfig
+from ..config.schema import DatasetConfig, ModelConfig, TrainConfig
 from ..diffusion.objective import PREDICTIONS, DiscreteObjective
 from ..errors import ConfigError
 from ..families import detect
@@ -72,11 +72,17 @@ class BaseModel:
                               "model.noise_scheduler a schedule without rescale_betas_zero_snr.")
         return DiscreteObjective(alphas, self.prediction, train.min_timestep, top)
 
+    def size_notes(self, data: Mapping[str, DatasetConfig]) -> list[str]:
+        """Lines on datasets that are trained at far less pixels than the model was made for, as happens to those who come from smaller models."""
+        own = self.family.own_area(self.place)
+        return [f"data.{name}.bucket.target_area = {part.bucket.target_area}: this model was made for about {own} pixels ({round(own**0.5)} x {round(own**0.5)}); "
+                f"target_area: {own} trains it at its own size." for name, part in data.items() if not part.bucket.sizes and 2 * part.bucket.target_area < own]
+
     def check_clip_skip(self) -> None:
         """ConfigError where more layers are to be left out than there are."""
         most = self.family.most_clip_skip(self.models)
         if self.config.clip_skip > most:
-            raise ConfigError(f"model.clip_skip = {self.config.clip_skip}: the text encoder has layers for at most {most}.")
+            raise ConfigError(f"model.clip_skip = {self.config.clip_skip}: of this text encoder at most {most} layers can be skipped.")
 
     def checkpoint_gradients(self, trained: Sequence[str]) -> None:
         """Activations are computed again in the backward pass, of every part that it goes through: the denoiser always, and what is trained."""

@@ -108,7 +108,7 @@ class Run:
             self.log = LoggerGroup([build(spec, "logger", f"logger[{i}]", self.allow) for i, spec in enumerate(self.cfg.logger)])
         for file in self.loaded.files:
             self.log.say(f"config: {file}")
-        self._say_notices([*self.loaded.notices, *self.base.notices])
+        self._say_notices([*self.loaded.notices, *self.base.notices, *self.base.size_notes(self.cfg.data)])
 
     def _say_notices(self, notices: Sequence[str] = ()) -> None:
         for notice in (*notices, *self.place.take_notices()):

@@ -3,7 +3,8 @@
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..adapters.attach import attach_lora
 from ..adapters.base import detach
@@ -18,12 +19,13 @@ Layers = dict[str, LoraTensors]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A source with its layers by component ('unet', 'text_encoder'), and what its reader wants said."""
+    """A source with its layers by component ('unet', 'text_encoder' ...), the file of each, and what its reader wants said."""
 
     source: LoraSource
     layers: Mapping[str, Layers]
     notices: tuple[str, ...] = ()
     base_version: str | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
 
     def strength(self, component: str) -> float:
         """Strength on a component."""
@@ -36,7 +38,7 @@ class Loaded:
 
     def describe(self) -> list[str]:
         """One line per component: layers, rank, strength."""
-        return [f"{self.source.name if component == 'unet' or not self.source.path_TE else self.source.path_TE.stem}: {component}, {len(layers)} layers, "
+        return [f"{self.files[component].stem if component in self.files else self.source.name}: {component}, {len(layers)} layers, "
                 f"rank {ranks(layers)}, strength {self.strength(component):g}" for component, layers in self.layers.items() if layers]
 
 
@@ -61,23 +63,39 @@ def read_all(sources: Sequence[LoraSource]) -> list[Loaded]:
 
 def read(source: LoraSource) -> Loaded:
     """The layers of one source: the UNet's file, the text encoder's file, or one file that holds both."""
-    files = [load_lora(path) for path in (source.path, source.path_TE) if path]
-    layers = dict(files[0].layers) if source.path else {}
-    if source.path_TE:
-        text = {component: found for component, found in files[-1].layers.items() if component != "unet"}
-        if not any(text.values()):
-            raise LayerMatchError(f"{'lora_path_TE' if source.key.startswith('lora_path') else source.key + '.path_TE'}: {source.path_TE} holds no layers of a text encoder.")
-        layers = {"unet": layers["unet"]} | text if "unet" in layers else text
+    files = {path: load_lora(path) for path in (source.path, *source.text_files) if path}
+    layers = dict(files[source.path].layers) if source.path else {}
+    origin = dict.fromkeys(layers, source.path)
+    if source.text_files:
+        text, places = text_layers(source, {path: files[path].layers for path in source.text_files})
+        layers, origin = ({"unet": layers["unet"]} if "unet" in layers else {}) | text, origin | places
     elif not source.text:
         layers = {component: found for component, found in layers.items() if component == "unet"}
         if not layers:
             raise LayerMatchError(f"{source.key}: {source.path} holds layers of the text encoder only, and path_TE is null.")
     if source.layers is not None:
         layers = chosen(layers, source.layers, f"{source.key}.layers")
-    notices = [notice for file in files for notice in file.notices]
+    notices = [notice for file in files.values() for notice in file.notices]
     if source.path and not layers.get("unet"):
         notices.append(f"{source.key}: {source.path} holds the text encoder's part only; the UNet is drawn without a LoRA.")
-    return Loaded(source, layers, tuple(notices), files[0].metadata.get(META_BASE_VERSION))
+    return Loaded(source, layers, tuple(notices), next(iter(files.values())).metadata.get(META_BASE_VERSION), origin)
+
+
+def text_layers(source: LoraSource, files: Mapping[Path, Mapping[str, Layers]]) -> tuple[dict[str, Layers], dict[str, Path]]:
+    """Layers of text encoders and the file of each; LayerMatchError for a file that has none, and for two files of one encoder."""
+    key = "lora_path_TE" if source.key.startswith("lora_path") else source.key + ".path_TE"
+    layers: dict[str, Layers] = {}
+    origin: dict[str, Path] = {}
+    for path, found in files.items():
+        own = {component: part for component, part in found.items() if component != "unet" and part}
+        if not own:
+            raise LayerMatchError(f"{key}: {path} holds no layers of a text encoder.")
+        twice = [component for component in own if component in layers]
+        if twice:
+            raise LayerMatchError(f"{key}: {origin[twice[0]]} and {path} both hold layers of {twice[0]}.")
+        layers |= own
+        origin |= dict.fromkeys(own, path)
+    return layers, origin
 
 
 def chosen(layers: Mapping[str, Layers], patterns: Sequence[str], key: str) -> dict[str, Layers]:
@@ -130,7 +148,7 @@ def check_fit(models: Models, loaded: Sequence[Loaded]) -> None:
     faults = []
     for lora in loaded:
         for component, layers in lora.layers.items():
-            where = f"{lora.source.key} ({(lora.source.path_TE if component != 'unet' and lora.source.path_TE else lora.source.path)})"
+            where = f"{lora.source.key} ({lora.files.get(component, lora.source.path)})"
             if component not in models.modules:
                 faults.append(f"{where}: it holds layers of {component}, which this model does not have.")
                 continue

@@ -53,6 +53,14 @@ def build_scheduler(spec: Mapping, base, allow: Sequence[str]):
     return diffusing(build({**inherited, **spec}, "scheduler", where, allow), where)
 
 
+def check_terminal(scheduler) -> None:
+    """ConfigError for a schedule that ends without signal (zero terminal SNR) in front of a model that predicts epsilon: its first step would divide by zero."""
+    config = scheduler.config
+    if config.get("rescale_betas_zero_snr") and config.get("prediction_type", "epsilon") == "epsilon":
+        raise ConfigError(f"the sampler {type(scheduler).__name__} has rescale_betas_zero_snr (zero terminal SNR), but the model predicts epsilon, which means nothing where there "
+                          f"is noise alone. Give new_components.scheduler prediction_type: v_prediction if the model was made for it, else rescale_betas_zero_snr: false.")
+
+
 def diffusing(scheduler, where: str):
     """The sampler, refused where it is for another kind of model (flow matching)."""
     if not hasattr(scheduler, "init_noise_sigma"):

@@ -128,6 +128,8 @@ def _pick(content: Mapping, encoder: str, encoders: int):
 
 
 def _misfit(path: Path, vectors, width: int, content: Mapping) -> str | None:
+    if len({len(value) for value in content.values()}) > 1:
+        return f"the embedding {path} has {' and '.join(f'{len(value)} vectors in {name}' for name, value in content.items())}: both encoders need as many."
     if vectors is not None and vectors.shape[1] == width:
         return None
     has = ", ".join(f"{name + ' ' if name else ''}{value.shape[1]}" for name, value in content.items())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..families.base import Conditioning, Models, Tokens
+from ..families.base import Conditioning, Models, Tokens, text_components
 from ..families.clip_text import CHUNK, chunk_ids, repeats_for, token_ids
 from .prompt import Parsed, Piece
 
@@ -98,12 +98,21 @@ def rows(models: Models, prompt: Parsed, words: Words) -> dict[str, Row]:
 
 @torch.no_grad()
 def encode(models: Models, prompt: Parsed, repeats: int, words: Words = Words(), clip_skip: int = 0) -> Conditioning:
-    """One prompt -> hidden (1, repeats * 77, D), weighted."""
+    """One prompt -> hidden (1, repeats * 77, D), weighted; of several text encoders each one's part by itself. pooled has no weights, as in A1111 and ComfyUI."""
     tables = {name: row.table(repeats, *special_ids(models.tokenizers[name])) for name, row in rows(models, prompt, words).items()}
     ids = tuple(torch.tensor([table[0]], dtype=torch.int64) for table in tables.values())
     cond = models.family.encode_text(models, Tokens(ids, (0,)), clip_skip)
     weights = torch.tensor(next(iter(tables.values()))[1], dtype=torch.float32).unsqueeze(0)  # (1, R, 77); CLIP's tokenizers cut alike
-    return Conditioning(weigh(cond.hidden, weights), cond.pooled)
+    widths = [models.modules[component.name].config.hidden_size for component in text_components(models.family)]
+    return Conditioning(torch.cat([weigh(part, weights) for part in cond.hidden.split(widths, dim=-1)], dim=-1), cond.pooled)
+
+
+def encode_negative(models: Models, prompt: Parsed, repeats: int, words: Words = Words(), clip_skip: int = 0) -> Conditioning:
+    """As `encode`; zeros for an empty one where the model was made so (`zero_negative`)."""
+    cond = encode(models, prompt, repeats, words, clip_skip)
+    if prompt.text.strip() or not models.extra.get("zero_negative"):
+        return cond
+    return Conditioning(torch.zeros_like(cond.hidden), None if cond.pooled is None else torch.zeros_like(cond.pooled))
 
 
 def special_ids(tokenizer) -> tuple[int, int, int]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint.paths import beside as parts_beside
 from ..config.infer_schema import InferConfig, MergeItem
 from .prompt import LoraTag
 
@@ -18,8 +19,8 @@ STEP = re.compile(r"-(\d+)$")
 class LoraSource:
     """One LoRA to lay beside the model. `key` is the config key that named it.
 
-    `path` is the UNet's file (or one for both), `path_TE` the text encoder's where it is another; `text` false: text-encoder layers are not
-    used. `layers` null means all of them.
+    `path` is the UNet's file (or one for all), `path_TE` the text encoder's where it is another, `second_TE` that of a second text encoder;
+    `text` false: text-encoder layers are not used. `layers` null means all of them.
     """
 
     key: str
@@ -29,6 +30,12 @@ class LoraSource:
     strength: float
     strength_TE: float
     layers: tuple[str, ...] | None = None
+    second_TE: Path | None = None
+
+    @property
+    def text_files(self) -> tuple[Path, ...]:
+        """The files of text encoders."""
+        return tuple(path for path in (self.path_TE, self.second_TE) if path)
 
     @property
     def name(self) -> str:
@@ -50,8 +57,8 @@ class Finder:
         merged = [source for key, item in items if (source := self.source(key, item)) is not None]
         tagged = [source for tag in tags if (source := self.tag(tag, cfg.lora_dir)) is not None]
         if legacy:  # there, `path: ${lora_path}` was how lora_path came to be read
-            places = {p for s in merged for p in (s.path, s.path_TE) if p}
-            named = [s for s in named if not {s.path, s.path_TE} & places]
+            places = {p for s in merged for p in (s.path, *s.text_files) if p}
+            named = [s for s in named if not {s.path, *s.text_files} & places]
         return self.once([*named, *merged, *tagged])
 
     def once(self, sources: list[LoraSource]) -> list[LoraSource]:
@@ -71,7 +78,10 @@ class Finder:
             return []
         count = max(1, len(paths))
         paths = paths or [None]
-        columns = {"lora_path_TE": cfg.lora_path_TE, "lora_alpha": cfg.lora_alpha, "lora_alpha_TE": cfg.lora_alpha_TE}
+        text = cfg.lora_path_TE
+        if count == 1 and isinstance(text, list) and len(text) == 2:  # a file for each of two text encoders
+            text = [text]
+        columns = {"lora_path_TE": text, "lora_alpha": cfg.lora_alpha, "lora_alpha_TE": cfg.lora_alpha_TE}
         given = {}
         for key, value in columns.items():
             given[key] = value if isinstance(value, list) else [value] * count
@@ -93,20 +103,30 @@ class Finder:
         before = len(self.faults)
         key_TE = key.replace("lora_path", "lora_path_TE") if flat else f"{key}.path_TE"
         path = self.file(key if flat else f"{key}.path", item.path) if item.path is not None else None
-        path_TE = None
-        if item.path_TE == "auto":
-            path_TE = beside(path) if path else None
-            if path_TE:
-                self.notices.append(f"{key_TE} = auto: {path_TE} lies beside and is used too (null leaves it out).")
-        elif item.path_TE is not None:
-            path_TE = self.file(key_TE, item.path_TE, "text_encoder")
-        if item.path is None and path_TE is None and len(self.faults) == before:
+        texts = self.text_files(key_TE, item.path_TE, path)
+        if item.path is None and not texts and len(self.faults) == before:
             self.faults.append(f"{key} names no file: give path (a LoRA file or a run folder).")
         if len(self.faults) > before:
             return None
         layers = None if item.layers == "all" else tuple(as_list(item.layers))
         strength_TE = item.alpha if item.alpha_TE is None else item.alpha_TE
-        return LoraSource(key, path, path_TE, item.path_TE is not None, item.alpha, strength_TE, layers)
+        return LoraSource(key, path, *padded(texts[:1]), item.path_TE is not None, item.alpha, strength_TE, layers, *padded(texts[1:]))
+
+    def text_files(self, key: str, asked: str | list[str] | None, path: Path | None) -> list[Path]:
+        """The text encoders' files that `asked` (path_TE) means for a LoRA whose UNet's file is `path`; at most two."""
+        if asked == "auto":
+            texts = beside(path) if path else []
+            if texts:
+                self.notices.append(f"{key} = auto: {' and '.join(map(str, texts))} lies beside and is used too (null leaves it out).")
+            return texts
+        texts = [found for name in as_list(asked) if (found := self.file(key, name, "text_encoder"))]
+        if len(as_list(asked)) > 2:
+            self.faults.append(f"{key} names {len(asked)} files; a model has at most two text encoders.")
+        elif len(texts) == 1 and Path(asked if isinstance(asked, str) else asked[0]).expanduser().is_dir():
+            texts += beside(texts[0])  # a run folder stands for all of its step
+        elif len(texts) == 1:
+            self.notices += [f"{key}: {other} lies beside {texts[0].name} and is not used; a list of both uses both." for other in beside(texts[0])]
+        return texts
 
     def file(self, key: str, value: str, stem: str = "unet") -> Path | None:
         """The file that `value` names; of a run folder its newest."""
@@ -137,7 +157,8 @@ class Finder:
             what = f"is there several times: {', '.join(map(str, found))}" if found else f"is not in lora_dir = {lora_dir!r}. {listing(Path(lora_dir))}"
             self.faults.append(f"the prompt's <lora:{tag.name}>: {tag.name}{SUFFIX} {what}")
             return None
-        return LoraSource(f"<lora:{tag.name}>", found[0], beside(found[0]), True, tag.strength, tag.text_strength)
+        texts = beside(found[0])
+        return LoraSource(f"<lora:{tag.name}>", found[0], *padded(texts[:1]), True, tag.strength, tag.text_strength, None, *padded(texts[1:]))
 
     def merge_items(self, merge) -> tuple[list[tuple[str, MergeItem]], bool]:
         """`merge` as (key, item) pairs, and whether it was the ancestor's form of groups."""
@@ -187,18 +208,20 @@ def as_list(value) -> list:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def beside(path: Path) -> Path | None:
-    """The text encoder's file of the same step: `text_encoder-100` beside `unet-100`."""
-    if not path.name.startswith("unet-"):
-        return None
-    other = path.with_name("text_encoder-" + path.name.removeprefix("unet-"))
-    return other if other.is_file() else None
+def beside(path: Path) -> list[Path]:
+    """The text encoders' other files of the same step: `text_encoder-100` and `text_encoder_2-100` beside `unet-100`."""
+    return [other for stem, other in parts_beside(path).items() if stem != "unet"]
+
+
+def padded(paths: list[Path]) -> list[Path | None]:
+    """The path of a list of at most one, None where there is none."""
+    return [*paths, None][:1]
 
 
 def newest_in(folder: Path, stem: str) -> Path | None:
     """Checkpoint of the highest step below a run folder (`ckpts/`) or in a folder of checkpoints; the UNet's first, else the other one."""
     for place in (folder / "ckpts", folder):
-        for kind in dict.fromkeys((stem, "unet", "text_encoder")):
+        for kind in dict.fromkeys((stem, "unet", "text_encoder", "text_encoder_2")):
             files = [p for p in place.glob(f"{kind}-*{SUFFIX}") if p.is_file()]
             if files:
                 return max(files, key=lambda p: (step_of(p), p.stat().st_mtime_ns))

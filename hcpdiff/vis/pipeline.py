@@ -14,6 +14,7 @@ from torch import Tensor
 from ..config.infer_schema import OWNED
 from ..errors import ConfigError
 from ..families.base import Conditioning, Models
+from ..families.clip_unet import latent_affine
 
 BLACK = -1 + 2 / 255  # in [-1, 1]; a picture that nowhere exceeds it is black
 
@@ -62,7 +63,7 @@ def check_arguments(kind: type, args: Mapping) -> list[str]:
 def assemble(models: Models, scheduler):
     """The family's pipeline over the modules as they are (adapters, hooks and all), without text encoders: it is given encoded prompts."""
     kind = pipeline_class(models)
-    parts = {"scheduler": scheduler, "unet": models.unet, "vae": models.vae, "requires_safety_checker": False}
+    parts = {"scheduler": scheduler, "unet": models.unet, "vae": models.vae, "requires_safety_checker": False, "add_watermarker": False}
     takes = [p for p in inspect.signature(kind.__init__).parameters.values() if p.name != "self"]
     return kind(**{p.name: parts.get(p.name) for p in takes if p.name in parts or p.default is p.empty or p.default is None})
 
@@ -134,7 +135,8 @@ def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
 
 def vae_decode(vae, latents: Tensor) -> Tensor:
     """Scaled latents (B,C,h,w) -> pixels (B,3,H,W), about [-1,1], fp32."""
-    z = latents.to(vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+    shift, scale = (torch.as_tensor(value, dtype=vae.dtype, device=latents.device) for value in latent_affine(vae.config))
+    z = latents.to(vae.dtype) / scale + shift
     return vae.decode(z, return_dict=False)[0].float()
 
 

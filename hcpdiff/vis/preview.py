@@ -9,9 +9,9 @@ from torch import nn
 
 from ..config.schema import PreviewConfig
 from ..errors import ConfigError
-from ..families.base import Conditioning, Family, Models
+from ..families.base import Conditioning, Family, Models, text_components
 from . import components, encode, pipeline
-from .prompt import Parsed, parse
+from .prompt import parse
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,8 @@ def encode_preview_prompts(models: Models, cfg: PreviewConfig, clip_skip: int = 
     prompts = [parse(text, where=f"preview.prompts[{n}]") for n, text in enumerate(cfg.prompts)]
     chunks = [max(encode.chunks_needed(models, [prompt, negative], encode.Words())) for prompt in prompts]
     with evaluating_text(models):
-        def one(prompt: Parsed, repeats: int) -> Conditioning:
-            return encode.encode(models, prompt, repeats, clip_skip=clip_skip)
-
-        return PreviewPrompts(tuple(map(one, prompts, chunks)), tuple(one(negative, repeats) for repeats in chunks))
+        return PreviewPrompts(tuple(encode.encode(models, prompt, repeats, clip_skip=clip_skip) for prompt, repeats in zip(prompts, chunks)),
+                              tuple(encode.encode_negative(models, negative, repeats, clip_skip=clip_skip) for repeats in chunks))
 
 
 def check_preview(models: Models, cfg: PreviewConfig) -> None:
@@ -53,7 +51,7 @@ def check_preview(models: Models, cfg: PreviewConfig) -> None:
 
 def evaluating_text(models: Models):
     """Text encoders in eval mode inside."""
-    return pipeline.evaluating([module for name, module in models.modules.items() if name.startswith("text_encoder")])
+    return pipeline.evaluating([models.modules[component.name] for component in text_components(models.family)])
 
 
 def draw_previews(models: Models, family: Family, cfg: PreviewConfig, *, width: int | None = None, height: int | None = None,

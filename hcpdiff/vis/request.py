@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config.infer_schema import NUMBERS, InferConfig
+from ..config.infer_schema import NUMBERS, PAIRS, InferConfig
 from ..errors import ConfigError
 from .lora_files import Finder, LoraSource, as_list
 from .prompt import Parsed, parse
@@ -130,8 +130,11 @@ def picture_seeds(cfg: InferConfig, faults: list[str], notices: list[str]) -> li
 
 
 def settled(args: dict) -> dict:
-    """infer_args without those that are null (the pipeline's own value counts), whole numbers as integers."""
-    return {name: int(value) if NUMBERS.get(name, (0, float))[1] is int else value for name, value in args.items() if value is not None}
+    """infer_args without those that are null (the pipeline's own value counts), whole numbers as integers, pairs as tuples."""
+    def one(name: str, value):
+        return tuple(value) if name in PAIRS else int(value) if NUMBERS.get(name, (0, float))[1] is int else value
+
+    return {name: one(name, value) for name, value in args.items() if value is not None}
 
 
 def embedding_folder(cfg: InferConfig, faults: list[str]) -> Path | None:

@@ -12,8 +12,7 @@ from .. import device as devices
 from ..config.infer_schema import InferConfig
 from ..errors import ConfigError, HCPError
 from ..families import detect
-from ..families.base import Conditioning, Family, Models
-from ..families.clip_text import layers_of
+from ..families.base import Conditioning, Family, Models, text_components
 from ..families.place import Place, open_place
 from ..families.source import resolve
 from ..quiet import quiet_libraries
@@ -34,7 +33,7 @@ class Studio:
     pipe: object
     device: torch.device
     dtype: torch.dtype
-    conditioning: Mapping[tuple[Parsed, int], Conditioning]
+    conditioning: Mapping[tuple[Parsed, int, bool], Conditioning]
     repeats: Sequence[int]
     size: tuple[int, int]
     loras: Sequence[attach.Loaded]
@@ -92,6 +91,8 @@ def prepare(request: Request, allow: Sequence[str], say: Callable[[str], None]) 
     known = encode.Words(embeddings.find(request.emb_dir).pattern() if words else None, vocabulary)
     conditioning, repeats = encode_prompts(request, models, known, device, say)
     place(pipe, cfg, device, say)
+    if pipe.vae.dtype != dtype:
+        say(f"note: the VAE works in fp32: its config says that it is not safe in {devices.SHORT[dtype]} (force_upcast).")
     facts = facts_of(models, pipe, cfg, size, dtype, sorted(words))
     report(request, facts, loras, device, kernel, say)
     return Studio(models, pipe, device, dtype, conditioning, repeats, size, loras, facts)
@@ -139,13 +140,14 @@ def load(cfg: InferConfig, family: Family, base: Place, dtype: torch.dtype, allo
             models.modules[name] = part.requires_grad_(False).eval()
         else:
             models.tokenizers[name] = part
-    for module in models.modules.values():
-        pipeline.cast(module, dtype)
+    for name, module in models.modules.items():
+        pipeline.cast(module, family.vae_dtype(module, dtype) if name == "vae" else dtype)
     pipeline.check_vae(models)
     check_clip_skip(models, cfg.clip_skip)
     scheduler = components.base_scheduler(models.scheduler_config)
     if "scheduler" in cfg.new_components:
         scheduler = components.build_scheduler(cfg.new_components["scheduler"], scheduler, allow)
+    components.check_terminal(scheduler)
     steps, most = cfg.infer_args.get("num_inference_steps", 1), scheduler.config.num_train_timesteps
     if steps > most:
         raise ConfigError(f"infer_args.num_inference_steps = {steps}; the model was trained on {most} steps, so at most that many can be drawn in.")
@@ -154,25 +156,26 @@ def load(cfg: InferConfig, family: Family, base: Place, dtype: torch.dtype, allo
 
 def check_clip_skip(models: Models, clip_skip: int) -> None:
     """Refuses to skip more layers than there are."""
-    layers = layers_of(models.text_encoder)
-    if clip_skip >= layers:
-        raise ConfigError(f"clip_skip = {clip_skip}; this text encoder has {layers} layers, so at most {layers - 1} can be skipped.")
+    most = models.family.most_clip_skip(models)
+    if clip_skip > most:
+        raise ConfigError(f"clip_skip = {clip_skip}; of this text encoder at most {most} layers can be skipped.")
 
 
 def encode_prompts(request: Request, models: Models, words: encode.Words, device: torch.device, say: Callable[[str], None]):
-    """((prompt, chunks) -> encoding, chunks per prompt). Each distinct text is encoded once; the encoder goes back to the CPU after."""
+    """((prompt, chunks, negative) -> encoding, chunks per prompt). Each distinct text is encoded once; the encoder goes back to the CPU after."""
     needed = [max(pair) for pair in zip(encode.chunks_needed(models, request.prompts, words), encode.chunks_needed(models, request.neg_prompts, words))]
     limit = request.cfg.N_repeats
     repeats = needed if limit == "auto" else [limit] * len(needed)
-    encoders = [module for name, module in models.modules.items() if name.startswith("text_encoder")]
-    out: dict[tuple[Parsed, int], Conditioning] = {}
+    encoders = [models.modules[component.name] for component in text_components(models.family)]
+    out: dict[tuple[Parsed, int, bool], Conditioning] = {}
     for module in encoders:
         module.to(device)
-    for prompts, texts in ((request.prompts, request.texts), (request.neg_prompts, request.neg_texts)):
-        for prompt, text, chunks in zip(prompts, texts, repeats):
-            if (prompt, chunks) in out:
+    for prompts, negative in ((request.prompts, False), (request.neg_prompts, True)):
+        for prompt, chunks in zip(prompts, repeats):
+            if (prompt, chunks, negative) in out:
                 continue
-            out[prompt, chunks] = encode.encode(models, prompt, chunks, words, request.cfg.clip_skip).to(device)
+            made = encode.encode_negative if negative else encode.encode
+            out[prompt, chunks, negative] = made(models, prompt, chunks, words, request.cfg.clip_skip).to(device)
             count, lost = encode.cut_text(models, prompt, words, chunks)
             if count:
                 say(f"warning: {count} tokens of the prompt do not fit into N_repeats = {chunks} (× 75) and are cut: {lost!r}. N_repeats=auto takes them all.")
@@ -247,9 +250,9 @@ def draw(request: Request, studio: Studio, say: Callable[[str], None]) -> list[P
 
 def draw_batch(request: Request, studio: Studio, batch: Sequence[Picture]) -> pipeline.Drawn:
     """The pictures of one batch."""
-    def together(prompts: Sequence[Parsed]) -> Conditioning:
-        return Conditioning.cat([studio.conditioning[prompts[p.prompt], studio.repeats[p.prompt]] for p in batch])
+    def together(prompts: Sequence[Parsed], negative: bool) -> Conditioning:
+        return Conditioning.cat([studio.conditioning[prompts[p.prompt], studio.repeats[p.prompt], negative] for p in batch])
 
     args = {name: value for name, value in request.cfg.infer_args.items() if name not in ("width", "height")}
-    latents = pipeline.sample(studio.pipe, together(request.prompts), together(request.neg_prompts), [p.seed for p in batch], *studio.size, args)
+    latents = pipeline.sample(studio.pipe, together(request.prompts, False), together(request.neg_prompts, True), [p.seed for p in batch], *studio.size, args)
     return pipeline.decode(studio.pipe, latents)
