@@ -98,8 +98,12 @@ def to_webui(layers: Layers, family: WebuiFamily, dtype: torch.dtype | None = No
 
 
 def storable(lora: LoraTensors, dtype: torch.dtype | None = None) -> torch.dtype | None:
-    """The type in which other programs' files hold a layer: `dtype` where one is asked for, float32 for float64, which they do not expect; else None, as it is."""
-    return dtype or (torch.float32 if torch.float64 in (lora.down.dtype, lora.up.dtype) else None)
+    """The type in which other programs' files hold a layer: `dtype` where one is asked for; float32 for float64, which they do not expect; the wider of two,
+    since some multiply the factors as they are; else None, as it is."""
+    wider = torch.promote_types(lora.down.dtype, lora.up.dtype)
+    if dtype or wider == torch.float64:
+        return dtype or torch.float32
+    return None if lora.down.dtype == lora.up.dtype else wider
 
 
 def cast(lora: LoraTensors, dtype: torch.dtype | None) -> LoraTensors:

@@ -14,7 +14,7 @@ from .convert import Layers, WebuiLora, cast, faults_of, to_webui
 from .format import META_COMPONENT, load_lora, save_lora
 from .io import payload_sha256, save_tensors, write_atomic
 from .lora_parse import SCALE_ONE
-from .metadata import HASH, META_CONVERTER, MODEL_HASH, other_metadata, our_metadata, webui_metadata
+from .metadata import HASH, META_CONVERTER, MODEL_HASH, other_metadata, our_metadata, webui_metadata, without_hashes
 from .paths import PEFT_WEIGHTS, SUFFIX
 from .peft_form import CONFIG, DiffusersLora, PeftLora, to_diffusers, to_peft
 from .safetensors_header import read_header
@@ -27,7 +27,7 @@ def write_webui(path: Path, layers: Layers, family: WebuiFamily, version: str, *
     lora = to_webui(layers, family, dtype)
     before = [tensors for named in layers.values() for tensors in named.values()]
     digest = payload_sha256(lora.tensors)
-    metadata = {**webui_metadata(kept, family, version, before, name), **(extra or {}), HASH: digest, MODEL_HASH: f"0x{digest}"}
+    metadata = {**webui_metadata(kept, family, version, before, name), **without_hashes(extra), HASH: digest, MODEL_HASH: f"0x{digest}"}
 
     def check(written: Path) -> None:
         known = {family.webui_base(component, layer) for component, named in lora.layers.items() for layer in named}
@@ -57,7 +57,7 @@ def write_diffusers(path: Path, layers: Layers, family: WebuiFamily, version: st
                     extra: Mapping[str, str] | None = None) -> DiffusersLora:
     """Writes the file of diffusers' `save_lora_weights` at `path`, checked like webui's, and returns what is in it."""
     lora = to_diffusers(layers, family, dtype)
-    metadata = {**other_metadata(kept, family, version, name, lora.tensors), **(extra or {}), SCALE_ONE: "1"}
+    metadata = {**other_metadata(kept, family, version, name, lora.tensors), **without_hashes(extra), SCALE_ONE: "1"}
     save_tensors(path, lora.tensors, metadata, _comparison(path, layers, dtype))
     return lora
 
@@ -68,7 +68,7 @@ def write_peft(folder: Path, layers: Layers, family: WebuiFamily, version: str, 
     adapters = {component: to_peft(named, family, component, dtype) for component, named in layers.items()}
     for component, adapter in adapters.items():
         _write_adapter(folder / component, adapter, {component: layers[component]}, dtype,
-                       {**other_metadata(kept, family, version, name, adapter.tensors), **(extra or {}), META_COMPONENT: component})
+                       {**other_metadata(kept, family, version, name, adapter.tensors), **without_hashes(extra), META_COMPONENT: component})
     return [folder / component / PEFT_WEIGHTS for component in adapters]
 
 

@@ -43,12 +43,17 @@ def carried(metadata: Mapping[str, str], keep_all: bool = False) -> tuple[dict[s
     return kept, dropped
 
 
+def without_hashes(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """The entries that are no hashes: those are of one file's bytes, computed from what is written and never taken from elsewhere."""
+    return {key: value for key, value in (metadata or {}).items() if not key.startswith(HASHES)}
+
+
 def webui_metadata(kept: Mapping[str, str], family: WebuiFamily, version: str, layers: Iterable[LoraTensors], name: str) -> dict[str, str]:
     """What webui reads: base model, network and name. Entries of `kept` stay unless they are about these."""
     layers = list(layers)
     prediction = "v" if version in V_PREDICTION else "epsilon"
     entries = {
-        **{key: value for key, value in kept.items() if not key.startswith(META_PREFIX)},
+        **{key: value for key, value in without_hashes(kept).items() if not key.startswith(META_PREFIX)},
         "ss_base_model_version": version, "ss_output_name": name, "ss_network_module": "networks.lora",
         "ss_network_dim": _common({str(layer.rank) for layer in layers}), "ss_network_alpha": _common({f"{layer.alpha:.9g}" for layer in layers}),
         "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": family.architecture(version),
@@ -64,7 +69,7 @@ def webui_metadata(kept: Mapping[str, str], family: WebuiFamily, version: str, l
 
 def other_metadata(kept: Mapping[str, str], family: WebuiFamily, version: str, name: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Metadata of a file for diffusers or PEFT: base model, and a name; what training wrote of itself stays."""
-    return {**kept, "format": "pt", META_BASE_VERSION: version, "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": family.architecture(version),
+    return {**without_hashes(kept), "format": "pt", META_BASE_VERSION: version, "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": family.architecture(version),
             "modelspec.implementation": "diffusers", "modelspec.title": name, MODEL_HASH: f"0x{payload_sha256(tensors)}", META_CONVERTER: "1"}
 
 

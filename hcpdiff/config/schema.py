@@ -132,6 +132,8 @@ class ExportConfig:
         for entry in self.metadata:
             if not entry.startswith(OPEN_METADATA):
                 yield f"metadata: {entry!r} must begin with {', '.join(OPEN_METADATA)}"
+            if entry.startswith("modelspec.hash"):
+                yield f"metadata: {entry!r} is computed from the file"
 
 
 @dataclass

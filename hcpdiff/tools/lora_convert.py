@@ -77,6 +77,8 @@ def _check_options(args: argparse.Namespace) -> None:
         key, equals, _ = entry.partition("=")
         if not equals or not key.startswith(OPEN_METADATA):
             faults.append(f"--metadata {entry!r} is not KEY=VALUE with a key that begins with {', '.join(OPEN_METADATA)}.")
+        if key.startswith("modelspec.hash"):
+            faults.append(f"--metadata {key}: hashes are computed from the file.")
     if args.name is not None and (not args.name.strip() or set(args.name) & set('/\\:*?"<>|\0\n')):
         faults.append(f"--name {args.name!r} cannot be a file's name.")
     for option, value in (("lora_path", args.lora_path), ("dump_path", args.dump_path), *(("lora_path_TE", path) for path in args.lora_path_TE)):
