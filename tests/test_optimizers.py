@@ -89,6 +89,18 @@ def test_groups_in_another_order_are_refused_since_optimizers_know_places_only()
         restore(trainer, [trainable], state, Place)
 
 
+def test_an_option_that_needs_more_state_than_was_saved_is_refused_and_changes_nothing():
+    trainer, trainable, _ = make("AdamW", 2)
+    trainer.fit(StopRequest())
+    state = training_state(trainer, [trainable])
+    other, trainable, lora = make("AdamW", 4)
+    other.optimizer.param_groups[0]["amsgrad"] = True
+    before = lora.up.detach().clone()
+    with pytest.raises(CheckpointError, match="needs max_exp_avg_sq, which the saved state does not hold"):
+        restore(other, [trainable], state, Place)
+    assert torch.equal(before, lora.up) and not other.optimizer.state
+
+
 def test_settings_of_the_run_that_goes_on_hold_and_what_was_learnt_is_the_states():
     trainer, trainable, _ = make("AdamW", 2)
     trainer.fit(StopRequest())

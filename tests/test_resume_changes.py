@@ -1,6 +1,8 @@
 """A run that is resumed under other circumstances: what is refused, what is noted, what resume_force does."""
 
 import copy
+import hashlib
+import json
 import shutil
 
 import pytest
@@ -118,6 +120,18 @@ def test_a_forced_run_finds_a_place_in_data_sets_that_came(place):
     assert "data.two is new" in refusal(more)
     assert "data.two is new" in resume(more, "train.resume_force=true")
     assert "data.two is gone" in refusal("train.train_steps=5")
+
+
+def test_a_whole_state_that_is_no_runs_is_refused(place):
+    sums = place / "run" / "states" / "3" / "SHA256SUMS"
+    text = place / "run" / "states" / "3" / "state.json"
+    old = hashlib.sha256(text.read_bytes()).hexdigest()
+    record = json.loads(text.read_text(encoding="utf-8"))
+    del record["tree"]["positions"]
+    text.write_text(json.dumps(record), encoding="utf-8")
+    sums.write_text(sums.read_text(encoding="utf-8").replace(old, hashlib.sha256(text.read_bytes()).hexdigest()), encoding="utf-8")
+    with pytest.raises(ConfigError, match="train.resume = 'run': its newest state is not one of a training run: it lacks positions"):
+        resume()
 
 
 def described(config: dict, **extra) -> dict:

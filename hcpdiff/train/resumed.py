@@ -8,7 +8,7 @@ from ..checkpoint import sums, tidy
 from ..checkpoint.resume import STATES, load_state
 from ..errors import CheckpointError
 from .compare import compare
-from .state import misfits
+from .state import KEYS, misfits
 
 
 class Resumed:
@@ -17,6 +17,9 @@ class Resumed:
     def __init__(self, asked: str, folder: Path, step: int | None):
         self.asked, self.folder, self.notices = asked, folder, []
         self.state = load_state(folder, step, self.notices.append)
+        lacking = sorted((KEYS | {"run"}) - self.state.keys())
+        if lacking:
+            raise CheckpointError(f"train.resume = {asked!r}: its newest state is not one of a training run: it lacks {', '.join(lacking)}.")
         self.step: int = self.state["step"]
         mark = self.folder / STATES / str(self.step)
         self.notices += [f"warning: {path} is not what was saved with {mark}. The state holds the weights itself; the run goes on from those." for path in sums.changed(mark)]

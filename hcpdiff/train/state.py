@@ -1,6 +1,8 @@
 """What a resumed run needs of a trainer, as plain data, and the way back."""
 
+import copy
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +10,9 @@ import torch
 
 from ..errors import CheckpointError
 from .trainer import Trainer
+
+
+KEYS = frozenset({"step", "positions", "skipped", "loss_scale", "optimizer", "layout", "adapters"})
 
 
 def training_state(trainer: Trainer, trainables: Sequence) -> dict[str, Any]:
@@ -35,7 +40,7 @@ def restore(trainer: Trainer, trainables: Sequence, state: Mapping[str, Any], po
     The optimizer's arguments are those of this run, as the lr is, also where the config does not set them (any more): what its class takes by name, and
     `options`, for a class that does not say what it takes. What else its groups hold has been learnt, and is the state's.
     """
-    faults = misfits(trainables, state)
+    faults = misfits(trainables, state) or _what_the_optimizer_lacks(trainer.optimizer, state["optimizer"])
     if faults:
         raise CheckpointError([f"train.resume: {fault}" for fault in faults])
     with torch.no_grad():
@@ -54,6 +59,26 @@ def _own_options(optimizer_state: dict, trainer: Trainer, options: frozenset[str
     kept = {"initial_lr", "lr", "name", *options, *inspect.signature(type(trainer.optimizer)).parameters} - {"params"}
     groups = [{**saved, **{key: own[key] for key in kept if key in own}} for saved, own in zip(optimizer_state["param_groups"], trainer.optimizer.param_groups)]
     return {**optimizer_state, "param_groups": groups}
+
+
+def _what_the_optimizer_lacks(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> list[str]:
+    """What an optimizer of torch would look for in its state and not find there, since an option was set (amsgrad, momentum) that needs more of it.
+
+    Asked of the optimizer itself: a copy of it takes one step with a tensor like its group's first. Options that other packages' optimizers may change are theirs to judge.
+    """
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return []
+    faults = []
+    for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        trial, like = copy.copy(optimizer), torch.nn.Parameter(torch.ones_like(group["params"][0]))
+        like.grad = torch.ones_like(like)
+        trial.state, trial.param_groups = defaultdict(dict), [{**group, "params": [like]}]
+        trial.step()
+        held = saved["state"].get(old["params"][0])
+        lacking = sorted(trial.state[like].keys() - held.keys()) if held is not None else []
+        if lacking:
+            faults.append(f"train.optimizer: as it is set now it needs {', '.join(lacking)}, which the saved state does not hold. Set its options back; they are in the run's cfg.yaml.")
+    return list(dict.fromkeys(faults))
 
 
 def misfits(trainables: Sequence, state: Mapping[str, Any]) -> list[str]:
