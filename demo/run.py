@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from environment import ensure
 
 TRIGGER = "ohwx"
-THINGS = ["koala", "rabbit face", "dog face", "lion", "duck"]  # of the 16 in demo/heldout, those on which it is easiest to see
+THINGS = ["koala", "rabbit face", "dog face", "pineapple", "duck"]  # of the 16 in demo/heldout, those on which it is easiest to see
 STRENGTHS = [0.0, 0.5, 1.0]
 
 
