@@ -283,6 +283,16 @@ def test_configs_of_another_folder_are_used_when_named(tiny_sd1, tmp_path):
     assert "model.config = " in "\n".join(quick_faults(str(path), configs=str(tmp_path))) and "is for a single file" in "\n".join(quick_faults(str(tiny_sd1), configs=str(tiny_sd1)))
 
 
+@pytest.mark.parametrize("zeros", [True, False])
+def test_an_empty_negative_prompt_is_what_the_configs_beside_a_file_say(singles, tmp_path, zeros):
+    parts, path = singles["sdxl"]
+    folder = save_folder(tmp_path / "model", "sdxl", parts)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8")) | {"force_zeros_for_empty_prompt": zeros}
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    found = [detect(place).load(place, "m", parts=()).extra["zero_negative"] for place in (open_place(folder), open_place(path, str(folder)), open_place(path))]
+    assert found == [zeros, zeros, True]
+
+
 def test_marks_are_of_the_weights_not_of_the_files_name(singles, tmp_path):
     parts, path = singles["sd1"]
     moved = tmp_path / "renamed.safetensors"

@@ -31,6 +31,9 @@ class Place(Protocol):
     def pipeline(self, key: str = MODEL_KEY) -> str | None:
         """The name of diffusers' pipeline class, which tells the family."""
 
+    def index(self, key: str = MODEL_KEY) -> dict[str, Any]:
+        """What is said of the model as a whole, as model_index.json has it."""
+
     def parts(self) -> list[str]:
         """The parts that are needed: unet, text_encoder, tokenizer, vae, scheduler ..."""
 
@@ -65,7 +68,11 @@ class Folder:
 
     def pipeline(self, key: str = MODEL_KEY) -> str | None:
         """`_class_name` of model_index.json."""
-        return read_index(self.path, key).get("_class_name")
+        return self.index(key).get("_class_name")
+
+    def index(self, key: str = MODEL_KEY) -> dict[str, Any]:
+        """Its model_index.json."""
+        return read_index(self.path, key)
 
     def parts(self) -> list[str]:
         """What model_index.json names of the parts that are needed."""

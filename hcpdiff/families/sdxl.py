@@ -10,7 +10,6 @@ from . import clip_text
 from .base import DENOISER, TEXT, Component, Conditioning, Models, Tokens, text_components
 from .clip_unet import ClipUnet, tokenizer_of
 from .place import Place
-from .source import read_json
 
 SIZES = ("original_size", "crop_top_left", "target_size")  # in the order of the time ids
 
@@ -29,9 +28,7 @@ class StableDiffusionXL(ClipUnet):
 
     def _extras(self, place: Place) -> dict:
         """zero_negative: an empty negative prompt is zeros, not encoded text, as the model was trained with left-out captions (decision 0071)."""
-        path = place.path / "model_index.json"  # a single file has none, and is as SDXL's own
-        index = read_json(path) if path.is_file() else {}
-        return {"zero_negative": index.get("force_zeros_for_empty_prompt", True) is not False}
+        return {"zero_negative": place.index().get("force_zeros_for_empty_prompt", True) is not False}
 
     def encode_text(self, models: Models, tokens: Tokens, clip_skip: int = 0) -> Conditioning:
         """Token ids 2 x (B,R,77) -> hidden (B, R*77, D1 + D2), pooled (B, P).

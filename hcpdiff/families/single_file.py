@@ -96,6 +96,11 @@ class SingleFile:
         """The pipeline class of its kind."""
         return self.kind.pipeline
 
+    def index(self, key: str = MODEL_KEY) -> dict[str, Any]:
+        """That of the folder of configs, else as released."""
+        own = self.configs and self.configs / "model_index.json"
+        return read_json(own if own and own.is_file() else file_configs.released(self.kind) / "model_index.json")
+
     def parts(self) -> list[str]:
         """All parts of its kind."""
         return [*self.kind.layouts, "tokenizer", "scheduler"]
