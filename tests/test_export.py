@@ -9,6 +9,7 @@ from datetime import datetime
 import pytest
 import run_help
 import torch
+from lora_help import command, fails
 from PIL import Image
 
 from hcpdiff.checkpoint import sums, tidy
@@ -20,6 +21,7 @@ from hcpdiff.checkpoint.metadata import carried
 from hcpdiff.config.load import load
 from hcpdiff.config.schema import ExportConfig
 from hcpdiff.errors import CheckpointError, ConfigError
+from hcpdiff.tools import lora_convert
 from hcpdiff.train.export import WebuiExport, check_export
 
 CONFIG = """
@@ -92,6 +94,14 @@ def test_an_sdxl_file_has_ldm_names_both_encoders_and_is_found_among_sdxl_files(
     assert {key: said[key] for key in expected} == expected
     parts = [tmp_path / "run" / "ckpts" / f"{stem}-1.safetensors" for stem in ("unet", "text_encoder", "text_encoder_2")]
     assert faults_of(load_lora(tmp_path / "run" / "webui" / "run-1.safetensors").layers, join([(path, load_lora(path)) for path in parts])) == []
+
+
+def test_the_converter_does_not_replace_it_unasked(config, tmp_path, capsys):
+    run_help.run(config)
+    path = tmp_path / "run" / "webui" / "run-3.safetensors"
+    before = path.read_bytes()
+    fails(command(lora_convert, capsys, "--lora_path", tmp_path / "run", "--dump_path", path), "run-3.safetensors exists and was not made by this command")
+    assert path.read_bytes() == before
 
 
 def test_weight_files_are_the_same_with_and_without_it(config, tmp_path):

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
-from lora_help import SDXL, command, fails, random_lora, sd1_layers, webui_file
+from lora_help import SD1, SDXL, command, fails, random_lora, sd1_layers, webui_file
 from tiny import make_unet
 
+from hcpdiff.checkpoint.convert import faults_of
+from hcpdiff.checkpoint.export import write_peft
 from hcpdiff.checkpoint.format import load_lora
 from hcpdiff.checkpoint.io import read_tensors, save_tensors
 from hcpdiff.lora_tensors import LoraTensors
@@ -151,6 +153,13 @@ def test_the_printed_residual_is_that_of_the_dense_difference(merge):
     assert code == 0 and f"{100 * float(lost) ** 0.5:.3g} %" in out and {lora.rank for lora in found.values()} == {2}
 
 
+def test_a_folder_of_peft_stands_for_its_parts(merge, tmp_path):
+    write_peft(tmp_path / "p", sd1_layers(1, text=True), SD1, "sd_v1", name="p", kept={})
+    code, out, _ = merge("--lora_path", "p", "--dump_path", "x.safetensors")
+    assert code == 0 and "p: a PEFT folder, unet/adapter_model.safetensors, text_encoder/adapter_model.safetensors" in out
+    assert faults_of(load_lora("x.safetensors").layers, sd1_layers(1, text=True)) == []
+
+
 def test_mistakes_are_named_together_and_nothing_is_written(merge, tmp_path):
     webui_file("one.safetensors", sd1_layers(1))
     webui_file("xl.safetensors", {"unet": {path: random_lora((640, 2048), 1) for path in ("down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",)}})
@@ -160,8 +169,8 @@ def test_mistakes_are_named_together_and_nothing_is_written(merge, tmp_path):
     webui_file("true_xl.safetensors", {"unet": {"down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k": random_lora((640, 2048), 1)}}, SDXL, "sdxl_base_v1-0")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     fails(merge(), "--lora_path is missing", "--dump_path is missing")
-    fails(merge("--lora_path", "one.safetensors", "--alpha", "1", "2", "nan", "--rank", "0", "--energy", "1.5", "--metadata", "x=y", "--dump_path", "x.ckpt"),
-          "6 faults", "3 numbers for 1 LoRA", "nan", "--rank 0", "--energy 1.5", "is a pickle", "--metadata 'x=y'")
+    fails(merge("--lora_path", "one.safetensors", "--alpha", "1", "2", "nan", "--rank", "0", "--energy", "1.5", "--metadata", "x=y", "--metadata", "modelspec.hash_sha256=0x12", "--dump_path", "x.ckpt"),
+          "7 faults", "modelspec.hash_sha256: hashes are computed from the file", "3 numbers for 1 LoRA", "nan", "--rank 0", "--energy 1.5", "is a pickle", "--metadata 'x=y'")
     fails(merge("--lora_path", "on.safetensors", "--dump_path", "x"), "does not exist", "one.safetensors")
     fails(merge("--lora_path", "one.safetensors", "xl.safetensors", "--dump_path", "x"), "for different base models")
     fails(merge("--lora_path", "true_xl.safetensors", "unsaid.safetensors", "--dump_path", "x"), "for different base models", "has no unet down_blocks.3.resnets.0.conv1")

@@ -10,7 +10,7 @@ from ..lora_tensors import LoraTensors
 from .format import META_BASE_MODEL, META_BASE_VERSION, META_COMPONENT, META_PREFIX, META_STEP
 from .io import payload_sha256
 
-META_CONVERTER = "hcpdiff.converter"  # marks files that the converter wrote, which it may therefore replace
+META_CONVERTER = "hcpdiff.converter"  # the command that wrote a file for others ("1": the converter), which may therefore replace it
 HASH = "sshs_model_hash"
 MODEL_HASH = "modelspec.hash_sha256"  # the same digest as the model spec spells it, after 0x
 

@@ -7,6 +7,7 @@ from hcpdiff import cli
 from hcpdiff.checkpoint.paths import StepFiles, beside, locate, split_name
 from hcpdiff.checkpoint.safetensors_header import read_header
 from hcpdiff.errors import CheckpointError, ConfigError, HCPError
+from hcpdiff.tools.lora_options import FAMILIES, SAVE_DTYPES, blocked_faults, control_faults, header_faults, said_of
 
 EPILOG = """examples:
   to webui / ComfyUI:
@@ -20,9 +21,6 @@ EPILOG = """examples:
     python -m hcpdiff.tools.lora_convert --to_peft --lora_path mylora.safetensors --dump_path for_peft/
 """
 DIRECTIONS = ("to_webui", "from_webui", "to_diffusers", "to_peft")  # none: found from what the file is
-FAMILIES = ("sd1", "sd2", "sdxl")
-SAVE_DTYPES = ("fp32", "fp16", "bf16")
-OPEN_METADATA = ("ss_", "ssmd_", "modelspec.")
 
 
 def parser() -> cli.Parser:
@@ -66,24 +64,12 @@ def _check_options(args: argparse.Namespace) -> None:
     for option in ("lora_path", "dump_path"):
         if not getattr(args, option):
             faults.append(f"--{option} is missing.")
-    blocked = next((parent for parent in Path(args.dump_path or ".").parents if parent.exists() and not parent.is_dir()), None)
-    if blocked:
-        faults.append(f"--dump_path {args.dump_path} cannot be written: {blocked} is a file, not a folder.")
+    faults += blocked_faults(Path(args.dump_path or "."))
     if args.sdxl and args.family not in (None, "sdxl"):
         faults.append(f"--sdxl and --family {args.family} contradict each other.")
     if args.from_webui and args.metadata:
         faults.append("--metadata is not for --from_webui.")
-    for entry in args.metadata:
-        key, equals, _ = entry.partition("=")
-        if not equals or not key.startswith(OPEN_METADATA):
-            faults.append(f"--metadata {entry!r} is not KEY=VALUE with a key that begins with {', '.join(OPEN_METADATA)}.")
-        if key.startswith("modelspec.hash"):
-            faults.append(f"--metadata {key}: hashes are computed from the file.")
-    if args.name is not None and (not args.name.strip() or set(args.name) & set('/\\:*?"<>|\0\n')):
-        faults.append(f"--name {args.name!r} cannot be a file's name.")
-    for option, value in (("lora_path", args.lora_path), ("dump_path", args.dump_path), *(("lora_path_TE", path) for path in args.lora_path_TE)):
-        if value and any(ord(char) < 32 for char in value):
-            faults.append(f"--{option} {value!r} holds a control character; write / instead of \\.")
+    faults += header_faults(args) + control_faults([("lora_path", args.lora_path), ("dump_path", args.dump_path), *(("lora_path_TE", path) for path in args.lora_path_TE)])
     if faults:
         raise ConfigError(faults)
 
@@ -105,8 +91,7 @@ def _sources(args: argparse.Namespace) -> tuple[dict[Path, str], list[str]]:
             parts = {stem: path for stem, path in found.parts.items() if option == "--lora_path" or stem != "unet"}
             if option == "--lora_path" and args.lora_path_TE:
                 parts = {stem: path for stem, path in parts.items() if stem == "unet"}
-            what = f"step {found.step}" if found.step else "a PEFT folder"
-            warnings.append(f"{value}: {what}, {', '.join(path.name if found.step else f'{stem}/{path.name}' for stem, path in parts.items())}")
+            warnings.append(said_of(value, StepFiles(found.step, parts)))
             sources.update(dict.fromkeys(parts.values(), option))
         else:
             sources[found] = option

@@ -52,16 +52,27 @@ def output_faults(args: argparse.Namespace) -> list[str]:
         return ["--dump_path is missing: which file is to be written?"]
     path = Path(args.dump_path)
     faults = [f"--dump_path {path}: only {SUFFIX} files are written, {path.suffix} is a pickle."] if path.suffix in PICKLES else []
+    return faults + blocked_faults(path) + header_faults(args) + control_faults([("dump_path", args.dump_path)])
+
+
+def blocked_faults(path: Path) -> list[str]:
+    """Why --dump_path cannot be made."""
     blocked = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
-    if blocked:
-        faults.append(f"--dump_path {path} cannot be written: {blocked} is a file, not a folder.")
+    return [f"--dump_path {path} cannot be written: {blocked} is a file, not a folder."] if blocked else []
+
+
+def header_faults(args: argparse.Namespace) -> list[str]:
+    """What is wrong with --metadata and --name."""
+    faults = []
     for entry in args.metadata:
         key, equals, _ = entry.partition("=")
         if not equals or not key.startswith(OPEN_METADATA):
             faults.append(f"--metadata {entry!r} is not KEY=VALUE with a key that begins with {', '.join(OPEN_METADATA)}.")
+        if key.startswith("modelspec.hash"):
+            faults.append(f"--metadata {key}: hashes are computed from the file.")
     if args.name is not None and (not args.name.strip() or set(args.name) & set('/\\:*?"<>|\0\n')):
         faults.append(f"--name {args.name!r} cannot be a file's name.")
-    return faults + control_faults([("dump_path", args.dump_path)])
+    return faults
 
 
 def control_faults(values: Sequence[tuple[str, str | None]]) -> list[str]:
@@ -92,11 +103,18 @@ def sources(values: Sequence[str], option: str = "--lora_path") -> tuple[list[So
             faults += [f"{option}: {fault}" for fault in error.faults]
             continue
         if isinstance(place, StepFiles):
-            lines.append(f"{value}: step {place.step}, {', '.join(path.name for path in files)}")
+            lines.append(said_of(value, place))
         found.append((value, files))
     if faults:
         raise CheckpointError(faults)
     return found, lines + _left_out(found, option)
+
+
+def said_of(value: str, place: StepFiles) -> str:
+    """What a folder stands for."""
+    if not place.step:
+        return f"{value}: a PEFT folder, {', '.join(f'{stem}/{path.name}' for stem, path in place.parts.items())}"
+    return f"{value}: step {place.step}, {', '.join(path.name for path in place.parts.values())}"
 
 
 def _left_out(found: Sequence[Source], option: str) -> list[str]:

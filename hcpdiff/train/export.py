@@ -13,6 +13,7 @@ from PIL import Image
 from .. import device as machine
 from ..checkpoint.convert import to_webui
 from ..checkpoint.export import write_webui
+from ..checkpoint.metadata import META_CONVERTER
 from ..checkpoint.tidy import WEBUI
 from ..config.schema import ExportConfig
 from ..errors import CheckpointError, ConfigError
@@ -22,6 +23,7 @@ from ..lora_tensors import LoraTensors
 from ..trainables.lora import LoraTrainable
 
 COVER, THUMBNAIL = 512, 256  # longest sides; the model spec advises 256 for its thumbnail
+MAKER = "train"  # the mark of these files: the converter replaces what it made itself without being asked, and a training's file is not that
 _PREVIEW = re.compile(r"([0-9]+)-0\.png")
 
 
@@ -61,7 +63,7 @@ class WebuiExport:
         """Writes the file of `step`; its path below the run folder and its SHA-256 come back. CheckpointError where it cannot be, or would not be right."""
         name = f"{self.config.name or self.run.absolute().name}-{step}"
         epoch = -(-step // self.steps_per_epoch)
-        extra = {"ss_steps": str(step), "ss_epoch": str(epoch), **self._cover(step), **self.config.metadata}
+        extra = {"ss_steps": str(step), "ss_epoch": str(epoch), META_CONVERTER: MAKER, **self._cover(step), **self.config.metadata}
         lora = write_webui(self.run / WEBUI / f"{name}.safetensors", layers, self.family, self.version, name=name, kept=self.facts, dtype=self.dtype, extra=extra)
         return f"{WEBUI}/{name}.safetensors", lora.sha256
 
