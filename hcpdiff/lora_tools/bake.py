@@ -19,9 +19,10 @@ from ..checkpoint.format import COMPONENTS
 from ..checkpoint.metadata import HASHES, META_CONVERTER
 from ..checkpoint.paths import SUFFIX
 from ..errors import CheckpointError
+from ..families.weight_file import WeightFile
 from ..lora_tensors import LoraTensors
 from . import output
-from .base_model import BaseModel, Spot, WeightFile, misfits, open_model
+from .base_model import BaseModel, Spot, misfits, open_model
 from .merge import TOOL, Weighted, check_shapes, made_from, terms, weighted
 from .output import META_MADE_FROM
 from .rewrite import rewrite

@@ -8,24 +8,16 @@ from torch import Tensor
 
 from ..checkpoint.convert import Layers
 from ..checkpoint.format import COMPONENTS
-from ..checkpoint.io import read_tensor
-from ..checkpoint.safetensors_header import ITEM_BYTES, Header, read_header
+from ..checkpoint.safetensors_header import ITEM_BYTES
 from ..errors import CheckpointError
 from ..families.file_kind import kind_of
 from ..families.ldm_names import Source
 from ..families.source import read_index, resolve
+from ..families.weight_file import WeightFile
 from ..lora_tensors import LoraTensors
 from . import base_names
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-
-
-@dataclass(frozen=True)
-class WeightFile:
-    """One safetensors file of the model, known by its header."""
-
-    path: Path
-    header: Header
 
 
 @dataclass(frozen=True)
@@ -61,7 +53,7 @@ class Spot:
 
     def read(self) -> Tensor:
         """The layer's weight in the type that it is stored in."""
-        return self.cut(read_tensor(self.file.path, self.file.header, self.place.name))
+        return self.cut(self.file.tensor(self.place.name))
 
 
 @dataclass(frozen=True)
@@ -101,7 +93,7 @@ def open_model(source: str, key: str) -> BaseModel:
     """The model that a user names by `key` (an option): a folder, a .safetensors file, or a hub id. CheckpointError or ConfigError says what is wrong."""
     path, notices = Path(source).expanduser(), []
     if path.is_file():
-        return BaseModel(path, single=WeightFile(path, read_header(path)))
+        return BaseModel(path, single=_opened(path))
     if not path.is_dir():
         path, notices = resolve(source, key=key)
     read_index(path, key)
@@ -114,7 +106,14 @@ def open_model(source: str, key: str) -> BaseModel:
 
 
 def _files(folder: Path) -> list[WeightFile]:
-    return [WeightFile(file, read_header(file)) for file in sorted(folder.glob("*.safetensors"))]
+    return [_opened(file) for file in sorted(folder.glob("*.safetensors"))]
+
+
+def _opened(path: Path) -> WeightFile:
+    """The file. CheckpointError where its header is not sound."""
+    file = WeightFile(path)
+    _ = file.header  # read now and kept
+    return file
 
 
 def misfits(model: BaseModel, layers: Layers) -> list[str]:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from ..checkpoint.convert import DTYPES, cast, find_family
 from ..checkpoint.format import COMPONENTS, META_BASE_MODEL, META_BASE_VERSION
-from ..checkpoint.io import read_tensor
 from ..errors import CheckpointError, HCPError
 from ..families.source import read_json
+from ..families.weight_file import WeightFile
 from ..families.webui import TEXT, UNET
 from ..lora_tensors import LoraTensors
 from . import output
 from .algebra import Limit, nearest
-from .base_model import FLOATS, BaseModel, Spot, WeightFile, open_model
+from .base_model import FLOATS, BaseModel, Spot, open_model
 from .output import Loss
 
 TOOL = "lora_extract"
@@ -134,7 +134,7 @@ def others(base: BaseModel, tuned: BaseModel, parts, lost: dict[str, dict[str, L
         return ["biases, norms and embeddings were not compared, since one model is a folder and the other a file"]
     change, count = 0.0, 0
     for old, new, name in _rest(base, tuned, parts):
-        before, after = (read_tensor(file.path, file.header, name) for file in (old, new))
+        before, after = (file.tensor(name) for file in (old, new))
         if before.shape == after.shape and before.is_floating_point() and not _unchanged(before, after):
             change, count = math.hypot(change, float((after.double() - before.double()).norm())), count + 1
     if not count:

@@ -9,10 +9,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ..checkpoint.io import read_tensor, write_atomic
+from ..checkpoint.io import write_atomic
 from ..checkpoint.safetensors_header import METADATA, Entry, read_header
 from ..errors import CheckpointError
-from .base_model import WeightFile
+from ..families.weight_file import WeightFile
 
 _BLOCK = 1 << 23  # bytes copied at a time
 Change = Callable[[Tensor], Tensor]  # to a tensor of the same shape and type
@@ -30,7 +30,7 @@ def rewrite(source: WeightFile, path: Path, changes: Mapping[str, Change], metad
                 if name not in changes:
                     _copy(file, source.header.payload + entry.begin, entry.end - entry.begin, out)
                     continue
-                raw = _bytes(changes[name](read_tensor(source.path, source.header, name)), name, entry)
+                raw = _bytes(changes[name](source.tensor(name)), name, entry)
                 digests[name] = hashlib.sha256(raw).hexdigest()
                 out.write(raw)
 
