@@ -88,6 +88,14 @@ def test_layers_ranks_and_optimizers_of_others_cannot_be_forced(place):
         assert line in message, line
 
 
+def test_another_schedule_or_prediction_of_the_same_weights_is_another_run(place, tmp_path, tiny_sd1):
+    other = shutil.copytree(tiny_sd1, tmp_path / "other")
+    path = other / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"epsilon"', '"v_prediction"').replace("0.012", "0.02"), encoding="utf-8")
+    message = refusal(f"model.pretrained_model_name_or_path={other}")
+    assert "what the base model predicts: epsilon before, v_prediction now" in message and "the noise schedule (digest): " in message and "weights\n" not in message
+
+
 def test_what_makes_no_other_run_is_noted(place):
     shutil.move("images", "moved")
     log = resume("data.one.source.a.img_root=moved", "data.one.source.a.caption_file=moved", "lora_unet.0.lr=0.5", "train.workers=0", "data.one.cache_latents=disk")

@@ -1,5 +1,6 @@
 """The base model of a run: found and checked before anything large is read, then loaded, with marks by which a resumed run knows it again."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -57,6 +58,11 @@ class BaseModel:
     def prediction(self) -> str:
         """What the model predicts: epsilon, v_prediction, sample."""
         return self.models.scheduler_config.get("prediction_type", "epsilon")
+
+    def learns(self) -> dict[str, str]:
+        """What is learnt, as a resumed run knows it again: what is predicted, and a digest of the noise schedule, which a changed config alone can make another."""
+        alphas = self.family.alphas_cumprod(self.models)
+        return {"prediction": self.prediction, "schedule": hashlib.sha256(alphas.numpy().tobytes()).hexdigest()[:12]}
 
     def objective(self, train: TrainConfig) -> DiscreteObjective:
         """What is learnt; ConfigError where the model predicts something unknown, or has fewer timesteps than asked for."""

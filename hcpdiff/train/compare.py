@@ -14,6 +14,7 @@ DECISIVE = re.compile(r"""
     | data\.[^.]+\.(batch_size | bucket\b.*)
     | data\.[^.]+\.source\.[^.]+\.(word_names\b.* | repeats | tag_shuffle | keep_tokens | tag_dropout | caption_dropout | prompt_dropout | flip | bg_color)
 """, re.VERBOSE)
+LEARNT = {"prediction": "what the base model predicts", "schedule": "the noise schedule (digest)"}
 NO_MATTER = re.compile(r"exp_dir | train\.resume | train\.resume_force", re.VERBOSE)
 
 
@@ -27,11 +28,13 @@ class Changes:
 
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """Both are what `describe` gives: config, marks of the base model's parts, data, world, accumulation, alphas, versions, device."""
+    """Both are what `describe` gives: config, marks of the base model's parts, what is learnt, data, world, accumulation, alphas, versions, device."""
     found = Changes()
     for part, mark in now["marks"].items():
         if saved["marks"].get(part) != mark:
             found.refused.append(f"the {part.replace('_', ' ')} has other weights")
+    found.refused += [f"{title}: {saved['learns'][name]} before, {now['learns'][name]} now" for name, title in LEARNT.items()
+                      if "learns" in saved and saved["learns"][name] != now["learns"][name]]
     found.refused += data_changes(saved["data"], now["data"])
     _images_per_step(saved, now, found)
     other = [path for path, alpha in now["alphas"].items() if saved["alphas"].get(path, alpha) != alpha]

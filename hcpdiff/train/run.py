@@ -263,7 +263,7 @@ class Run:
         alphas = {f"{t.component.name}.{path}": lora.alpha for t in self.trainables for path, lora in t.adapters.items()}
         started = {"started": self._started()} if self.cfg.train.export.webui else {}  # else equal runs have equal states
         return {**started, "versions": report.versions(self.cfg.train.optimizer["_target_"]), "device": machine.describe(self.device), "world": self.parallel.world, "accumulation": self.accumulation,
-                "marks": self.base.marks, "alphas": alphas, "data": data_fingerprint(self.data.datasets), "config": self.loaded.plain}
+                "marks": self.base.marks, "learns": self.base.learns(), "alphas": alphas, "data": data_fingerprint(self.data.datasets), "config": self.loaded.plain}
 
 
 def worker_lost(error: RuntimeError) -> HCPError | None:
