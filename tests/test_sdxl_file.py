@@ -70,7 +70,7 @@ def test_every_way_from_a_run_on_a_single_file_gives_its_picture(call, tmp_path,
                                         "pretrained_model: x/y\n", encoding="utf-8")
     want = drawn("tiny.safetensors", "run")
     assert np.abs(drawn("tiny.safetensors") - want).max() > 10
-    for case in (("tiny.safetensors", "run/webui/run-3.safetensors"), (tiny_sdxl, "back.safetensors"), (tiny_sdxl, "d/pytorch_lora_weights.safetensors"), ("merged",), ("merged.safetensors",)):
+    for case in (("tiny.safetensors", "run/webui/run-3.safetensors"), (tiny_sdxl, "back.safetensors"), (tiny_sdxl, "d"), (tiny_sdxl, "p"), ("merged",), ("merged.safetensors",)):
         assert np.abs(drawn(*case) - want).max() <= 1, case
     assert np.abs(by_diffusers(tiny_sdxl) - want).max() <= 1
 

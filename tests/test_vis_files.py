@@ -220,3 +220,18 @@ def test_files_of_two_text_encoders_are_taken_together(tmp_path, both):
     finder = Finder()
     finder.all(config(tmp_path, merge=[MergeItem(path=unet, path_TE=[first, second, unet])]))
     assert "at most two text encoders" in finder.faults[0]
+
+
+def test_a_folder_of_diffusers_or_peft_stands_for_its_parts(tmp_path):
+    def found(folder, **keys):
+        finder = Finder()
+        (source,) = finder.all(config(tmp_path, lora_path=str(folder), **keys))
+        assert finder.faults == []
+        return source
+
+    whole = touch(tmp_path / "d", "pytorch_lora_weights.safetensors") / "pytorch_lora_weights.safetensors"
+    assert (found(tmp_path / "d").path, found(tmp_path / "d").text_files) == (whole, ())
+    parts = {stem: touch(tmp_path / "p" / stem, "adapter_model.safetensors") / "adapter_model.safetensors" for stem in ("unet", "text_encoder", "text_encoder_2")}
+    source = found(tmp_path / "p")
+    assert source.path == parts["unet"] and source.text_files == (parts["text_encoder"], parts["text_encoder_2"])
+    assert found(tmp_path / "p", lora_path_TE=None).text_files == () and found(tmp_path / "p", lora_path_TE=str(parts["text_encoder_2"])).text_files == (parts["text_encoder_2"],)

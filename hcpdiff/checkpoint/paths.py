@@ -58,12 +58,15 @@ def split_name(path: Path | str) -> tuple[str, str] | None:
 
 
 def beside(path: Path | str) -> dict[str, Path]:
-    """The other parts of the same step that lie in the same folder: component -> path."""
+    """The other parts of the same step that lie in the same folder, or beside PEFT's folder of one part those of the others: component -> path."""
     path = Path(path)
     known = split_name(path)
-    if known is None:
+    if known:
+        others = {stem: path.with_name(f"{stem}-{known[1]}{SUFFIX}") for stem in STEMS if stem != known[0]}
+    elif path.name == PEFT_WEIGHTS and path.parent.name in STEMS:
+        others = {stem: path.parent.with_name(stem) / PEFT_WEIGHTS for stem in STEMS if stem != path.parent.name}
+    else:
         return {}
-    others = {stem: path.with_name(f"{stem}-{known[1]}{SUFFIX}") for stem in STEMS if stem != known[0]}
     return {stem: other for stem, other in others.items() if other.is_file()}
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.paths import beside as parts_beside
+from ..checkpoint.paths import of_others
 from ..config.infer_schema import InferConfig, MergeItem
 from .prompt import LoraTag
 
@@ -129,7 +130,7 @@ class Finder:
         return texts
 
     def file(self, key: str, value: str, stem: str = "unet") -> Path | None:
-        """The file that `value` names; of a run folder its newest."""
+        """The file that `value` names; of a run folder its newest, of a folder that diffusers or PEFT wrote the one for `stem`."""
         path = Path(value).expanduser()
         if path.is_file():
             if path.suffix.lower() in READABLE:
@@ -140,6 +141,8 @@ class Finder:
             self.faults.append(missing(key, value, path))
             return None
         newest = newest_in(path, stem)
+        if newest is None and (other := of_others(path)):
+            return other if isinstance(other, Path) else other.parts.get(stem) or next(iter(other.parts.values()))
         if newest is None:
             self.faults.append(f"{key} = {value!r} holds no LoRA: neither ckpts/{stem}-<step>{SUFFIX} nor {stem}-<step>{SUFFIX}. "
                                f"{listing(path) or 'It holds no .safetensors at all.'}")

@@ -1,6 +1,6 @@
 """Pictures of a model that is being trained: its live modules, adapters attached, drawn without copying a weight or touching a random state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
