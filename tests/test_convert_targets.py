@@ -12,7 +12,7 @@ from tiny import make_text_encoder, make_unet
 
 from hcpdiff import cli
 from hcpdiff.checkpoint.convert import distance, faults_of
-from hcpdiff.checkpoint.export import write_diffusers, write_peft, write_webui
+from hcpdiff.checkpoint.export import write_diffusers, write_ours, write_peft, write_webui
 from hcpdiff.checkpoint.format import load_lora, save_lora
 from hcpdiff.checkpoint.io import read_tensors, save_tensors
 from hcpdiff.checkpoint.peft_form import to_diffusers, to_peft, with_scale_one
@@ -145,6 +145,21 @@ def test_a_file_that_would_change_the_lora_is_not_written(tmp_path, monkeypatch)
     with pytest.raises(CheckpointError, match="adapter_model.safetensors is not written, .* its weight delta changed"):
         write_peft(tmp_path, layers, SD1, "sd_v1", name="x", kept={})
     assert not (tmp_path / "unet" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("write", [write_peft, write_ours], ids=["peft", "ours"])
+def test_parts_are_written_all_or_none_and_older_ones_stay(tmp_path, write):
+    """The second part cannot be written, since a folder lies in its place: the first is as it was, PEFT's config included."""
+    layers = {part: {path: random_lora((6, 6), seed, alpha=3.0)} for seed, (part, path) in enumerate((("unet", f"{QK}q"), ("text_encoder", TE)))}
+    extra = (SD1, "sd_v1") if write is write_peft else ("sd_v1",)
+    for place, earlier in (("new", False), ("old", True)):
+        if earlier:
+            write(tmp_path / place, {"unet": {f"{QK}q": random_lora((6, 6), 7, rank=4, alpha=1.0)}}, *extra, name="x", kept={})
+        before = {path: path.read_bytes() for path in (tmp_path / place).rglob("*") if path.is_file()}
+        (tmp_path / place / ("text_encoder/adapter_model.safetensors" if write is write_peft else "text_encoder-x.safetensors")).mkdir(parents=True)
+        with pytest.raises(CheckpointError, match="it is a folder"):
+            write(tmp_path / place, layers, *extra, name="x", kept={})
+        assert {path: path.read_bytes() for path in (tmp_path / place).rglob("*") if path.is_file()} == before
 
 
 # --- the command ----------------------------------------------------------------------------------------------------------------------------

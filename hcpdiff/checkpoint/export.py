@@ -1,8 +1,9 @@
 """LoRA files for other programs and back, written only after they have been read again and compared."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,16 +42,25 @@ def write_ours(folder: Path, layers: Layers, version: str | None, *, name: str, 
     """Writes `unet-<name>`, `text_encoder-<name>` ... into `folder`, each checked like webui's, and returns their paths: all of them or none."""
     stored = {component: {layer: cast(tensors, dtype) for layer, tensors in named.items()} for component, named in layers.items()}
     paths = [our_path(folder, component, name) for component in layers]
-    new = [path for path in paths if not path.exists()]
-    try:
+    with _all_or_none(paths):
         for path, (component, named) in zip(paths, layers.items(), strict=True):
             save_lora(path, stored[component], our_metadata(kept, version, component), check=_comparison(path, {component: named}, dtype))
-    except CheckpointError:
-        for path in new:
-            if path.exists():
-                path.unlink()
-        raise
     return paths
+
+
+@contextlib.contextmanager
+def _all_or_none(paths: Sequence[Path]) -> Iterator[None]:
+    """Files that belong together: where one cannot be written, all are as they were before."""
+    before = {path: path.read_bytes() if path.is_file() else None for path in paths}
+    try:
+        yield
+    except CheckpointError:
+        for path, old in before.items():
+            if old is None and path.is_file():
+                path.unlink()
+            elif old is not None and path.read_bytes() != old:
+                write_atomic(path, lambda file, old=old: file.write(old))
+        raise
 
 
 def write_diffusers(path: Path, layers: Layers, family: WebuiFamily, version: str, *, name: str, kept: Mapping[str, str], dtype: torch.dtype | None = None,
@@ -64,11 +74,12 @@ def write_diffusers(path: Path, layers: Layers, family: WebuiFamily, version: st
 
 def write_peft(folder: Path, layers: Layers, family: WebuiFamily, version: str, *, name: str, kept: Mapping[str, str], dtype: torch.dtype | None = None,
                extra: Mapping[str, str] | None = None) -> list[Path]:
-    """Writes a PEFT adapter for each component, `<folder>/<component>/` with weights and config, each checked; the weights' paths come back."""
+    """Writes a PEFT adapter for each component, `<folder>/<component>/` with weights and config, each checked, all of them or none; the weights' paths come back."""
     adapters = {component: to_peft(named, family, component, dtype) for component, named in layers.items()}
-    for component, adapter in adapters.items():
-        _write_adapter(folder / component, adapter, {component: layers[component]}, dtype,
-                       {**other_metadata(kept, family, version, name, adapter.tensors), **without_hashes(extra), META_COMPONENT: component})
+    with _all_or_none([folder / component / name for component in adapters for name in (CONFIG, PEFT_WEIGHTS)]):
+        for component, adapter in adapters.items():
+            _write_adapter(folder / component, adapter, {component: layers[component]}, dtype,
+                           {**other_metadata(kept, family, version, name, adapter.tensors), **without_hashes(extra), META_COMPONENT: component})
     return [folder / component / PEFT_WEIGHTS for component in adapters]
 
 
