@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from ..families.webui import V_PREDICTION, WebuiFamily
+from ..families.webui import PREDICTIONS, WebuiFamily
 from ..lora_tensors import LoraTensors
 from .format import META_BASE_MODEL, META_BASE_VERSION, META_COMPONENT, META_PREFIX, META_STEP
 from .io import payload_sha256
@@ -51,7 +51,7 @@ def without_hashes(metadata: Mapping[str, str] | None) -> dict[str, str]:
 def webui_metadata(kept: Mapping[str, str], family: WebuiFamily, version: str, layers: Iterable[LoraTensors], name: str) -> dict[str, str]:
     """What webui reads: base model, network and name. Entries of `kept` stay unless they are about these."""
     layers = list(layers)
-    prediction = "v" if version in V_PREDICTION else "epsilon"
+    prediction = kept.get(META_PREDICTION, PREDICTIONS.get(version, "")).replace("_prediction", "")
     entries = {
         **{key: value for key, value in without_hashes(kept).items() if not key.startswith(META_PREFIX)},
         "ss_base_model_version": version, "ss_output_name": name, "ss_network_module": "networks.lora",
@@ -59,7 +59,8 @@ def webui_metadata(kept: Mapping[str, str], family: WebuiFamily, version: str, l
         "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": family.architecture(version),
         "modelspec.implementation": "diffusers", "modelspec.title": name, META_CONVERTER: "1", **family.extra,
     }
-    entries.setdefault("modelspec.prediction_type", kept.get(META_PREDICTION, prediction).replace("_prediction", ""))
+    if prediction:
+        entries.setdefault("modelspec.prediction_type", prediction)
     if META_STEP in kept:
         entries.setdefault("ss_steps", kept[META_STEP])
     if META_BASE_MODEL in kept:

@@ -73,7 +73,7 @@ FAMILIES = (
                 {"sdxl_base_v1-0": "stable-diffusion-xl-v1-base/lora"}, 2048, {TEXT: 768, TEXT_2: 1280}, fused=(TEXT_2,), clip_skip=2, extra={"ss_v2": "False"}),
 )
 BY_NAME = {family.name: family for family in FAMILIES}
-V_PREDICTION = ("sd_v2_v",)  # versions of base models that predict v
+PREDICTIONS = {"sd_v1": "epsilon", "sd_v2": "epsilon", "sd_v2_v": "v"}  # what a version of a base model says of what it predicts; SDXL's says nothing
 PREFIXES = {"lora_unet_": UNET, "lora_te_": TEXT, "lora_te1_": TEXT, "lora_te2_": TEXT_2}
 
 
