@@ -1,0 +1,161 @@
+"""Ways to train the same LoRA on the same frozen UNet: ours, and the references that it is measured against.
+
+Each is a context manager: inside, the UNet carries that way's adapters, and `step()` does forward, backward, clipping and AdamW on
+the batch and returns the loss; afterwards the UNet is as it was. The references are written here, in the manner of their models.
+
+floor    the frozen model alone: forward, and backward to the output of every layer that would be trained, without which nothing is learnt
+loop     a plain loop with peft's LoRA; latents and text encoded ahead
+example  the same with VAE and text encoder in every step, as diffusers' train_text_to_image_lora has them
+hooks    a layer's forward replaced by one that calls the old one and adds the product of two small Linears, as sd-scripts does
+ours     hcpdiff's adapters, gradient buffer and clipping
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from hcpdiff.adapters.base import adapted_layers, detach, put
+from hcpdiff.adapters.lora import Lora
+from hcpdiff.train.optim import Gradients, optimizer_groups
+from hcpdiff.trainables.lora import ParamGroup
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")  # attention and feed-forward: kohya's default set without proj_in/out
+LR, MAX_NORM = 1e-4, 1.0
+
+
+@dataclass
+class Batch:
+    """What a step trains on. `encode` gives latents and text afresh, for `example`; the rest is as it comes out of caches."""
+
+    noisy: Tensor
+    t: Tensor
+    hidden: Tensor
+    target: Tensor
+    added: dict[str, Tensor] | None = None
+    encode: Callable[[], tuple[Tensor, Tensor]] | None = None
+
+    def loss(self, unet: nn.Module, noisy: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
+        """Mean squared error in fp32."""
+        noisy, hidden = (own if other is None else other for own, other in ((self.noisy, noisy), (self.hidden, hidden)))
+        pred = unet(noisy, self.t, hidden, added_cond_kwargs=self.added).sample
+        return nn.functional.mse_loss(pred.float(), self.target.float())
+
+
+def targets(unet: nn.Module) -> dict[str, nn.Linear]:
+    """Path -> layer of all that is trained."""
+    return {path: layer for path, layer in unet.named_modules() if path.endswith(TARGETS) and ".attentions." in f".{path}"}
+
+
+@contextmanager
+def floor(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], Tensor]]:
+    def step() -> Tensor:
+        loss = batch.loss(unet)
+        loss.backward()
+        return loss.detach()
+
+    marks = [layer.register_forward_hook(lambda module, args, out: out if out.requires_grad else out.requires_grad_()) for layer in targets(unet).values()]
+    try:
+        yield step
+    finally:
+        for mark in marks:
+            mark.remove()
+
+
+def _plain(parameters: list[nn.Parameter], loss_of: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A step as a plain loop has it."""
+    optimizer = torch.optim.AdamW(parameters, lr=LR)
+
+    def step() -> Tensor:
+        loss = loss_of()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+@contextmanager
+def _peft(unet: nn.Module, rank: int) -> Iterator[list[nn.Parameter]]:
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=sorted(targets(unet))))
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    try:
+        yield parameters
+    finally:
+        unet.delete_adapters("default")
+        for path, layer in [(path, layer) for path, layer in unet.named_modules() if isinstance(layer, BaseTunerLayer)]:
+            parent, _, name = path.rpartition(".")
+            setattr(unet.get_submodule(parent), name, layer.get_base_layer())
+        unet._hf_peft_config_loaded = False
+
+
+@contextmanager
+def loop(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], Tensor]]:
+    with _peft(unet, rank) as parameters:
+        yield _plain(parameters, lambda: batch.loss(unet))
+
+
+@contextmanager
+def example(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], Tensor]]:
+    def loss_of() -> Tensor:
+        with torch.no_grad():
+            latents, hidden = batch.encode()
+        return batch.loss(unet, batch.noisy + 0 * latents, batch.hidden + 0 * hidden)  # encoded, and then the same numbers as the others'
+
+    with _peft(unet, rank) as parameters:
+        yield _plain(parameters, loss_of)
+
+
+@contextmanager
+def hooks(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], Tensor]]:
+    layers, parameters = targets(unet), []
+
+    def patched(layer: nn.Linear, down: nn.Linear, up: nn.Linear) -> Callable[[Tensor], Tensor]:
+        old = layer.forward
+        return lambda x: old(x) + up(down(x.to(down.weight.dtype))).to(x.dtype)
+
+    for layer in layers.values():
+        down, up = (nn.Linear(*shape, bias=False, device=layer.weight.device) for shape in ((layer.in_features, rank), (rank, layer.out_features)))
+        nn.init.zeros_(up.weight)
+        parameters += [down.weight, up.weight]
+        layer.forward = patched(layer, down, up)
+    try:
+        yield _plain(parameters, lambda: batch.loss(unet))
+    finally:
+        for layer in layers.values():
+            del layer.forward
+
+
+@contextmanager
+def ours(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], Tensor]]:
+    for layer in targets(unet).values():
+        lora = Lora(layer, rank, rank)
+        lora.reset(torch.rand_like(lora.down))
+        put(layer, lora)
+    group = ParamGroup("unet", LR, tuple(p for layer in adapted_layers(unet).values() for p in layer.adapter.parameters()))
+    gradients, optimizer = Gradients([group], batch.noisy.device), torch.optim.AdamW(optimizer_groups([group], 1.0))
+
+    def step() -> Tensor:
+        gradients.clear()
+        loss = batch.loss(unet)
+        loss.backward()
+        gradients.clip(MAX_NORM)
+        optimizer.step()
+        return loss.detach()
+
+    try:
+        yield step
+    finally:
+        detach(unet)
+
+
+WAYS = SimpleNamespace(floor=floor, loop=loop, example=example, hooks=hooks, ours=ours).__dict__
