@@ -15,6 +15,14 @@ import torch
 torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way, and runners share the cores
 
 
+SLOW_FILES = ("test_demo_learns", "test_guide", "test_groups", "test_processes", "test_killed_runs", "test_killed_saver")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take a minute come first: one that came last would keep one runner busy while the other has nothing to do."""
+    items.sort(key=lambda item: SLOW_FILES.index(item.path.stem) if item.path.stem in SLOW_FILES else len(SLOW_FILES))
+
+
 def _tiny(tmp_path_factory, version):
     from tiny import make_tiny_sd
 
