@@ -117,6 +117,19 @@ def test_an_encoder_that_no_pattern_names_is_not_trained():
     assert only.component.file_stem == "text_encoder_2" and "text_projection" in only.export() and len(only.adapters) == 4 * 6 + 1
 
 
+@pytest.mark.parametrize("clip_skip", [0, 1])
+def test_layers_that_are_not_read_are_those_without_a_gradient_and_are_told(tiny_sdxl, clip_skip):
+    base = BaseModel(ModelConfig(pretrained_model_name_or_path=str(tiny_sdxl), clip_skip=clip_skip))
+    models = base.load(torch.float32, ())
+    trainables = lay_groups(models, "lora_text_encoder", [LoraGroup(lr=1.0, rank=2, layers=["re:.*mlp$"])], 0)
+    cond = FAMILY.encode_text(models, FAMILY.tokenize(models, TEXTS, 1), clip_skip)
+    (cond.hidden.square().sum() + cond.pooled.square().sum()).backward()
+    dead = {t.component.name: [path for path, lora in t.adapters.items() if lora.up.grad is None or not lora.up.grad.any()] for t in trainables}
+    assert len(dead["text_encoder"]) == 2 * (1 + clip_skip) and not dead["text_encoder_2"]
+    assert base.unread_layers(trainables) == [f"note: {len(dead['text_encoder'])} of 6 LoRA layers of the text_encoder learn nothing: only its first {2 - clip_skip} layers are read "
+                                              f"(model.clip_skip = {clip_skip}), and they lie beyond, such as {dead['text_encoder'][0]}."]
+
+
 def test_matching_nothing_is_judged_over_both_encoders():
     lay_groups(fresh(), "lora_text_encoder", [group(r"re:.*layers\.3\.")], 0)  # only the second one has four layers
     with pytest.raises(LayerMatchError, match=r"layers\[0\] = 're:te3.*matched none of"):

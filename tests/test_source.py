@@ -18,6 +18,14 @@ def test_a_folder_is_taken_as_it_is(tiny_sd1):
     assert detect(tiny_sd1).name == "sd"
 
 
+def test_settings_that_mean_nothing_for_a_local_model_are_told(tiny_sd1, tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    assert resolve(str(tiny_sd1), "main", "fp16")[1] == ["model.revision = 'main' has no effect: model.pretrained_model_name_or_path is a folder."]
+    notices = resolve(str(file), "main", "fp16", "pretrained_model")[1]
+    assert notices == ["revision = 'main' has no effect: pretrained_model is a single file.", "variant = 'fp16' has no effect: pretrained_model is a single file."]
+
+
 def test_a_missing_folder_names_its_neighbours(tmp_path):
     (tmp_path / "my-model").mkdir()
     assert "my-model" in message(str(tmp_path / "my-modle"))

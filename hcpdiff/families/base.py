@@ -141,6 +141,9 @@ class Family(Protocol):
     def most_clip_skip(self, models: Models) -> int:
         """The largest clip_skip that the text encoders allow."""
 
+    def text_layers_read(self, models: Models, component: str, clip_skip: int = 0) -> int:
+        """How many of a text encoder's transformer layers its result depends on; what is trained beyond them learns nothing."""
+
     def encode_text(self, models: Models, tokens: Tokens, clip_skip: int = 0) -> Conditioning:
         """Token ids -> what the denoiser is conditioned on."""
 

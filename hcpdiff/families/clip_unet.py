@@ -148,6 +148,10 @@ class ClipUnet:
         """The largest clip_skip: at least one layer is left in each text encoder."""
         return min(clip_text.layers_of(models.modules[component.name]) for component in text_components(self)) - 1
 
+    def text_layers_read(self, models: Models, component: str, clip_skip: int = 0) -> int:
+        """All but those that clip_skip leaves out."""
+        return clip_text.layers_of(models.modules[component]) - clip_skip
+
     def alphas_cumprod(self, models: Models) -> Tensor:
         """(T,) float32, zero terminal SNR included where the config asks for it."""
         return _schedule(models.scheduler_config, models.folder / "scheduler").alphas_cumprod

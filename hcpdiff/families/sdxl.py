@@ -53,6 +53,11 @@ class StableDiffusionXL(ClipUnet):
         """As everywhere at least one layer is left; the last is never read."""
         return super().most_clip_skip(models) - 1
 
+    def text_layers_read(self, models: Models, component: str, clip_skip: int = 0) -> int:
+        """The first encoder's last layer is never read; the pooled embedding reads all of the second's."""
+        layers = clip_text.layers_of(models.modules[component])
+        return layers if component == text_components(self)[-1].name else layers - 1 - clip_skip
+
     def denoise(self, models: Models, x_t: Tensor, t: Tensor, cond: Conditioning, extras: Mapping[str, Tensor]) -> Tensor:
         """The UNet's prediction (B,4,h,w). The sizes stay whole numbers until their sinusoids are made: bf16 would round 1025 to 1024."""
         added = {"text_embeds": cond.pooled, "time_ids": torch.cat([extras[name] for name in SIZES], dim=1)}

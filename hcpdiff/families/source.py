@@ -20,14 +20,20 @@ def resolve(source: str, revision: str | None = None, variant: str | None = None
     """The local folder (or single file) of a base model, and notices for the log. Downloads a hub id once, into the hub's own cache."""
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return folder, []
+        return folder, _unused("folder", key, revision=revision)
     if folder.is_file():
         if folder.suffix.lower() not in SINGLE:
             raise ConfigError(f"{key} = {source!r} is a file, but not one of {' or '.join(SINGLE)}. It takes such a file, a diffusers folder or a hub id (name/name).")
-        return folder, []
+        return folder, _unused("single file", key, revision=revision, variant=variant)
     if _looks_local(source):
         raise ConfigError(f"{key} = {source!r}: there is no such folder or file.{_near(folder)} It takes a diffusers folder, a .safetensors file or a hub id (name/name).")
     return _from_hub(source, revision, variant, key)
+
+
+def _unused(what: str, key: str, **values: str | None) -> list[str]:
+    """Notices of settings that mean nothing for a model of this kind."""
+    stem = key.rpartition(".")[0] + "." if "." in key else ""
+    return [f"{stem}{name} = {value!r} has no effect: {key} is a {what}." for name, value in values.items() if value is not None]
 
 
 def _looks_local(source: str) -> bool:

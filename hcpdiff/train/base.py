@@ -1,6 +1,7 @@
 """The base model of a run: found and checked before anything large is read, then loaded, with marks by which a resumed run knows it again."""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from ..config.schema import DatasetConfig, ModelConfig, TrainConfig
 from ..diffusion.objective import PREDICTIONS, DiscreteObjective
 from ..errors import ConfigError
 from ..families import detect
-from ..families.base import Models, denoiser_of, fingerprint
+from ..families.base import TEXT, Models, denoiser_of, fingerprint
 from ..families.place import open_place
 from ..families.source import resolve
 
 NO_SIGNAL = 1e-6  # alphas_cumprod of a last step that holds noise alone; of SD's usual schedule it is 0.0047
+
+LAYER = re.compile(r"\blayers\.([0-9]+)\.")  # of a transformer, in the path of a module
 
 
 class BaseModel:
@@ -89,6 +92,20 @@ class BaseModel:
         most = self.family.most_clip_skip(self.models)
         if self.config.clip_skip > most:
             raise ConfigError(f"model.clip_skip = {self.config.clip_skip}: of this text encoder at most {most} layers can be skipped.")
+
+    def unread_layers(self, trainables: Sequence) -> list[str]:
+        """Notices of LoRA layers in a text encoder beyond the last layer that is read: their gradients are zero."""
+        notices = []
+        for trainable in trainables:
+            if trainable.component.role != TEXT:
+                continue
+            read = self.family.text_layers_read(self.models, trainable.component.name, self.config.clip_skip)
+            places = {path: LAYER.search(path) for path in trainable.adapters}
+            dead = [path for path, place in places.items() if place and int(place[1]) >= read]
+            if dead:
+                notices.append(f"note: {len(dead)} of {len(places)} LoRA layers of the {trainable.component.name} learn nothing: only its first {read} layers are read "
+                               f"(model.clip_skip = {self.config.clip_skip}), and they lie beyond, such as {dead[0]}.")
+        return notices
 
     def checkpoint_gradients(self, trained: Sequence[str]) -> None:
         """Activations are computed again in the backward pass, of every part that it goes through: the denoiser always, and what is trained."""
