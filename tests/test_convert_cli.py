@@ -85,6 +85,31 @@ def test_a_run_folder_stands_for_its_newest_step_and_comes_back_whole(run, here)
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_runs_converted_into_one_folder_keep_their_names_and_replace_only_themselves(run, here):
+    (run / "cat/ckpts").mkdir(parents=True)
+    save_lora(run / "cat/ckpts/unet-200.safetensors", some_lora(["mid_block.attentions.0.transformer_blocks.0.attn1.to_k"]), {"component": "unet", "base_version": "sd_v1"})
+    for source in ("run", "cat", "cat/ckpts/unet-200.safetensors"):
+        assert here("--to_webui", "--lora_path", source, "--dump_path", "out/", cwd=run)[0] == 0
+    assert sorted(path.name for path in (run / "out").iterdir()) == ["cat-200.safetensors", "run-200.safetensors"]
+    before = (run / "out/run-200.safetensors").read_bytes()
+    for way, made in (("--to_webui", "out/run-200.safetensors"), ("--to_diffusers", "d/x.safetensors"), ("--to_peft", "p/unet/adapter_model.safetensors")):
+        target = ["--dump_path", made.removesuffix("/unet/adapter_model.safetensors")]
+        assert here(way, "--lora_path", "run", *target, cwd=run)[0] == 0
+        fails(here(way, "--lora_path", "cat", *target, cwd=run), f"{made} exists and was made from another LoRA; --overwrite replaces it.")
+    assert (run / "out/run-200.safetensors").read_bytes() == before
+    assert here("--from_webui", "--lora_path", "out/cat-200.safetensors", "--dump_path", "own", "--name", "x", cwd=run)[0] == 0
+    fails(here("--from_webui", "--lora_path", "out/run-200.safetensors", "--dump_path", "own", "--name", "x", cwd=run), "own/unet-x.safetensors exists and was made from another LoRA")
+
+
+def test_what_comes_of_pefts_folder_has_the_folders_name(run, here):
+    assert here("--to_peft", "--lora_path", "run", "--dump_path", "for_peft", cwd=run)[0] == 0
+    for source in ("for_peft", "for_peft/unet"):
+        code, _, err = here("--from_webui", "--lora_path", source, "--dump_path", f"back/{source}", cwd=run)
+        assert code == 0, err
+    assert sorted(path.relative_to(run / "back").as_posix() for path in (run / "back").rglob("*.safetensors")) == [
+        "for_peft/text_encoder-for_peft.safetensors", "for_peft/unet-for_peft.safetensors", "for_peft/unet/unet-for_peft.safetensors"]
+
+
 def test_a_text_encoder_that_lies_beside_is_named(run, here):
     code, out, _ = here("--to_webui", "--lora_path", "run/ckpts/unet-200.safetensors", "--dump_path", "a", "--save_dtype", "bf16", "--metadata", "modelspec.author=me", cwd=run)
     assert code == 0 and "warning: run/ckpts/text_encoder-200.safetensors lies beside" in out and "a is taken for a.safetensors" in out

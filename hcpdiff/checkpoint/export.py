@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from .convert import Layers, WebuiLora, cast, faults_of, to_webui
 from .format import META_COMPONENT, load_lora, save_lora
 from .io import payload_sha256, save_tensors, write_atomic
 from .lora_parse import SCALE_ONE
-from .metadata import HASH, META_CONVERTER, MODEL_HASH, other_metadata, our_metadata, webui_metadata, without_hashes
+from .metadata import HASH, META_CONVERTER, META_SOURCE, MODEL_HASH, other_metadata, our_metadata, webui_metadata, without_hashes
 from .paths import PEFT_WEIGHTS, SUFFIX
 from .peft_form import CONFIG, DiffusersLora, PeftLora, to_diffusers, to_peft
 from .safetensors_header import read_header
@@ -99,15 +99,21 @@ def our_path(folder: Path, component: str, name: str) -> Path:
     return folder / f"{component}-{name}{SUFFIX}"
 
 
-def replaceable(path: Path, maker: str = "1") -> bool:
+def replaceable(path: Path, maker: str = "1", source: str | None = None) -> bool:
     """Whether nothing is lost when `path` is written: it is free, or holds what the same command made before (`maker`: the mark it leaves; "1" is the
-    converter's)."""
+    converter's), and of the same `source` (`source_mark`) where one is given."""
     if not path.exists():
         return True
     try:
-        return read_header(path).metadata.get(META_CONVERTER) == maker
+        made = read_header(path).metadata
     except CheckpointError:  # no safetensors file: whatever it is, it is not ours to replace
         return False
+    return made.get(META_CONVERTER) == maker and source in (None, made.get(META_SOURCE))
+
+
+def source_mark(paths: Iterable[Path]) -> str:
+    """What tells the LoRA in these files from any other: 16 hex digits of the SHA-256 over their bytes after the headers, whatever the files' order, names and place."""
+    return hashlib.sha256("".join(sorted(map(payload_hash, paths))).encode()).hexdigest()[:16]
 
 
 def payload_hash(path: Path) -> str:

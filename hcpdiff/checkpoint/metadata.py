@@ -11,6 +11,7 @@ from .format import META_BASE_MODEL, META_BASE_VERSION, META_COMPONENT, META_PRE
 from .io import payload_sha256
 
 META_CONVERTER = "hcpdiff.converter"  # the command that wrote a file for others ("1": the converter), which may therefore replace it
+META_SOURCE = META_PREFIX + "source"  # digest of what a converted file was made from (export.source_mark): made anew, it may replace the file
 HASH = "sshs_model_hash"
 MODEL_HASH = "modelspec.hash_sha256"  # the same digest as the model spec spells it, after 0x
 

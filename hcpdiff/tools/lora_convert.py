@@ -40,10 +40,10 @@ def parser() -> cli.Parser:
     add("--sdxl", action="store_true", help="the LoRA is for SDXL (found by itself; the flag only confirms it)")
     add("--family", choices=FAMILIES, help="which Stable Diffusion it is for, where names and widths leave it open")
     add("--save_dtype", choices=SAVE_DTYPES, help="store the factors in this type (default: as they are)")
-    add("--name", help="the name in the metadata (default: that of the file); --from_webui: the files are called unet-NAME ...")
+    add("--name", help="the name in the metadata (default: that of the file), and of a file in a folder (default: RUN-STEP for a run folder); --from_webui: the files are called unet-NAME ...")
     add("--metadata", metavar="KEY=VALUE", action="append", default=[], help="an entry of the header, such as modelspec.author=me; may be repeated (not with --from_webui)")
     add("--keep_metadata", action="store_true", help="also keep captions, tags and folder names that the source's metadata holds")
-    add("--overwrite", action="store_true", help="replace a file that this command did not make itself (its own it replaces)")
+    add("--overwrite", action="store_true", help="replace a file that this command did not make from the same LoRA (what it made of this one it replaces)")
     return options
 
 

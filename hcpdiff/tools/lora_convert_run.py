@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..checkpoint.convert import DTYPES, Found, Layers, find_family, join
-from ..checkpoint.export import our_path, payload_hash, replaceable, write_diffusers, write_ours, write_peft, write_webui
+from ..checkpoint.export import our_path, payload_hash, replaceable, source_mark, write_diffusers, write_ours, write_peft, write_webui
 from ..checkpoint.format import META_BASE_VERSION, META_FORMAT, LoraFile, load_lora
-from ..checkpoint.metadata import carried
-from ..checkpoint.paths import DIFFUSERS_WEIGHTS, PEFT_WEIGHTS, SUFFIX, split_name
+from ..checkpoint.metadata import META_SOURCE, carried
+from ..checkpoint.paths import DIFFUSERS_WEIGHTS, PEFT_WEIGHTS, STEMS, SUFFIX, split_name
 from ..checkpoint.peft_form import CONFIG
 from ..checkpoint.spellings import ANCESTOR, OURS, WEBUI, WEBUI_LDM
 from ..errors import CheckpointError
@@ -91,12 +91,12 @@ def _metadata(files: Files, keep_all: bool) -> tuple[dict[str, str], list[str]]:
 
 
 def _to_webui(args: argparse.Namespace, console: Console, files: Files, layers: Layers, found: Found, metadata: Mapping[str, str]) -> None:
-    path = _file_path(args, args.name or _stem(files))
+    path = _file_path(args, args.name or _stem(args, files))
     if path != Path(args.dump_path):
         console.print(f"--dump_path {args.dump_path} is taken for {path}")
     _may_write([path], files, args.overwrite)
     lora = write_webui(path, layers, found.family, found.version or found.family.version, name=args.name or path.stem, kept=metadata,
-                       dtype=DTYPES.get(args.save_dtype), extra=_extra(args))
+                       dtype=DTYPES.get(args.save_dtype), extra=_extra(args, files))
     _print_table(console, lora.layers)
     if lora.completed:
         console.print(f"{len(lora.completed)} attention layers were added with zero effect, since webui passes over a text-encoder attention of "
@@ -109,9 +109,9 @@ def _from_webui(args: argparse.Namespace, console: Console, files: Files, layers
     ours = [str(path) for path, file in files if META_FORMAT in file.metadata]
     if ours:
         raise CheckpointError(f"{', '.join(ours)}: already a file of hcpdiff; --to_webui, --to_diffusers and --to_peft make other programs' of it.")
-    name = args.name or (split_name(files[0][0]) or ("", _stem(files)))[1]
+    name = args.name or (split_name(files[0][0]) or ("", _stem(args, files)))[1]
     _may_write([our_path(folder, component, name) for component in layers], files, args.overwrite)
-    for path in write_ours(folder, layers, found.version, name=name, kept=metadata, dtype=DTYPES.get(args.save_dtype)):
+    for path in write_ours(folder, layers, found.version, name=name, kept=metadata | _extra(args, files), dtype=DTYPES.get(args.save_dtype)):
         part = load_lora(path).layers
         _print_table(console, part)
         _print_result(console, path, part, "")
@@ -120,8 +120,8 @@ def _from_webui(args: argparse.Namespace, console: Console, files: Files, layers
 def _to_diffusers(args: argparse.Namespace, console: Console, files: Files, layers: Layers, found: Found, metadata: Mapping[str, str]) -> None:
     path = _file_path(args, args.name or DIFFUSERS_WEIGHTS.removesuffix(SUFFIX))
     _may_write([path], files, args.overwrite)
-    lora = write_diffusers(path, layers, found.family, found.version or found.family.version, name=args.name or _stem(files), kept=metadata,
-                           dtype=DTYPES.get(args.save_dtype), extra=_extra(args))
+    lora = write_diffusers(path, layers, found.family, found.version or found.family.version, name=args.name or _stem(args, files), kept=metadata,
+                           dtype=DTYPES.get(args.save_dtype), extra=_extra(args, files))
     _print_table(console, layers)
     if lora.widened:
         console.print(f"{len(lora.widened)} layers are stored as fp32, since their scale alpha / rank is no power of two and half precision would round it; "
@@ -136,24 +136,29 @@ def _to_peft(args: argparse.Namespace, console: Console, files: Files, layers: L
     strangers = [path.with_name(CONFIG) for path in paths if path.with_name(CONFIG).exists() and not path.exists() and not args.overwrite]
     if strangers:
         raise CheckpointError([f"{path} exists and was not made by this command; --overwrite replaces it." for path in strangers])
-    written = write_peft(folder, layers, found.family, found.version or found.family.version, name=args.name or _stem(files), kept=metadata,
-                         dtype=DTYPES.get(args.save_dtype), extra=_extra(args))
+    written = write_peft(folder, layers, found.family, found.version or found.family.version, name=args.name or _stem(args, files), kept=metadata,
+                         dtype=DTYPES.get(args.save_dtype), extra=_extra(args, files))
     for path, (component, named) in zip(written, layers.items(), strict=True):
         _print_table(console, {component: named})
         _print_result(console, path, {component: named}, f"; {CONFIG} beside it holds ranks and alphas")
 
 
-def _extra(args: argparse.Namespace) -> dict[str, str]:
-    return dict(entry.split("=", 1) for entry in args.metadata)
+def _extra(args: argparse.Namespace, files: Files) -> dict[str, str]:
+    """Entries of the header that the user asks for, and the mark by which the file's source is known again."""
+    return {**dict(entry.split("=", 1) for entry in args.metadata), META_SOURCE: source_mark(path for path, _ in files)}
 
 
-def _stem(files: Files) -> str:
-    """A name for what comes of these files: of ours, or of one that has the name that every such file has, the folder's."""
-    path = files[0][0]
+def _stem(args: argparse.Namespace, files: Files) -> str:
+    """A name for what comes of these files: the run's and the step for files of ours; the folder's for one that has the name that every such file has."""
+    path = files[0][0].absolute()
     ours = split_name(path)
     if ours:
-        return f"lora-{ours[1]}"
-    return path.absolute().parent.name if path.name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS) else path.stem
+        run = path.parent.parent.name if path.parent.name == "ckpts" else path.parent.name if Path(args.lora_path).is_dir() else ""
+        return f"{run or 'lora'}-{ours[1]}"
+    if path.name not in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS):
+        return path.stem
+    own = path.parent.parent if path.name == PEFT_WEIGHTS and path.parent.name in STEMS and path.parent.parent.name else path.parent
+    return own.name
 
 
 def _folder(args: argparse.Namespace, what: str) -> Path:
@@ -176,7 +181,9 @@ def _may_write(paths: list[Path], files: Files, overwrite: bool) -> None:
     read = {source.resolve() for source, _ in files}
     faults = [f"{path} is the file that is read; choose another --dump_path." for path in paths if path.resolve() in read]
     if not faults and not overwrite:
-        faults = [f"{path} exists and was not made by this command; --overwrite replaces it." for path in paths if not replaceable(path)]
+        source = source_mark(path for path, _ in files)
+        faults = [f"{path} exists and was {'made from another LoRA' if replaceable(path) else 'not made by this command'}; --overwrite replaces it."
+                  for path in paths if not replaceable(path, source=source)]
     if faults:
         raise CheckpointError(faults)
 
