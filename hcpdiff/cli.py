@@ -37,7 +37,7 @@ GRACE = 2.0  # seconds
 
 COMMENT_HINT = ("A comment after a '\\' at the end of a line ends the command there (the '\\' must be the line's last character): "
                 "take the comment out, or put it on a line of its own before the command.")
-QUOTE_HINT = "Single quotes mean nothing to cmd.exe: use double quotes there, key=\"some words\"."
+QUOTE_HINT = "Single quotes mean nothing to cmd.exe: use double quotes there, key=\"some words\". In other shells one pair of quotes, of either kind, is enough."
 
 
 class Parser(argparse.ArgumentParser):

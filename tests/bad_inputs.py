@@ -181,6 +181,7 @@ ROWS = [
     Row("text where a number belongs", "应为数字处写了文字", T, ["seed=many"], ("seed = 'many' (command line) is not allowed; a whole number is expected",)),
     Row("a number out of range", "数值超出范围", T, ["train.train_steps=0"], ("train.train_steps = 0 (command line) must be at least 1",)),
     Row("a slip that asks for terabytes", "误写导致需要海量内存", T, ["data.d.bucket.target_area=1e12"], ("data.d.bucket.target_area = 1e12", "must be at most 268435456")),
+    Row("a trigger word that is null", "触发词为 null", T, [f"{SOURCE}.word_names.pt1=null"], ("data.d.source.s.word_names.pt1 = null", "write a word, or leave the entry out")),
     Row("tabs in YAML", "YAML 中用了制表符", T, config("  - {lr", "\t- {lr"), ("train.yaml:", "is no YAML:", "Indent with spaces, not tabs")),
     Row("a key twice", "同一键写了两次", T, more("seed: 1\nseed: 2\n"), ("the key 'seed' stands here a second time",)),
     Row("a YAML tag that would build a Python object", "会创建 Python 对象的 YAML 标签", T, more("seed: !!python/object/apply:os.system ['touch marker']\n"), ("the tag", "is not used here: take it out")),

@@ -25,7 +25,7 @@ def test_all_faults_come_in_one_message(tmp_path):
 
 @pytest.mark.parametrize("override, says", [
     ("train.save_step=2.5", "a whole number or null is expected"), ("train.save_step='5'", "is text, being in quotes"), ("train.save_step=", "a whole number"),
-    ("mixed_precision=fp61", "Nearest: fp16"), ("lora_unet=5", "a list or null is expected"), ("preview.prompts=a cat", "a list is expected"),
+    ("mixed_precision=fp61", "Nearest: fp16"), ("lora_unet=5", "a list or null is expected"), ("preview.prompts=a cat", "a list is expected"), ("preview.prompts=null", "a list is expected ([] is an empty one)"),
     ("model=x", "a map is expected"), ("train.max_grad_norm=0", "must be above 0"), ("train.max_grad_norm=.nan", "a number"), ("lora_unet.0.dropout=1", "must be below 1"),
     ("lora_unet.0.rank=4.5", "must be a whole number, or a share below 1"), ("lora_unet.0.layers=['re:(']", "no regular expression"), ("lora_unet.0.layers=[]", "name at least one"),
     ("lora_unet=null", "nothing to train"), ("data=---", "data is missing"), ("train.train_epochs=null", "how long to train"), ("train.max_timestep=1", ""),
@@ -65,6 +65,17 @@ def test_a_tab_in_a_path_is_told_from_a_missing_folder(tmp_path):
 def test_single_quotes_of_cmd_exe_are_recognised(tmp_path):
     assert "cmd.exe" in faults(tmp_path, "exp_dir='exps/mine'")[0]
     assert "cmd.exe" in faults(tmp_path, "model.pretrained_model_name_or_path='some/model'")[0]
+    assert "Quotes belong around the whole argument, once: \"key=some words\"" in faults(tmp_path, "exp_dir='a b'")[0]
+
+
+@pytest.mark.parametrize("key", ["data.dataset1.source.source1.word_names.pt1", "train.export.metadata.ss_x"])
+def test_a_word_that_is_null_is_a_fault_not_the_text_null(tmp_path, key):
+    says = f"{key} = null (command line) is no text: write a word, or leave the entry out"
+    assert [says in fault for fault in faults(tmp_path, f"{key}=null")] == [True]
+    for words in ("{pt1: null}", "{pt1: ~}", "{pt1: }"):
+        text = SMALL.replace("pictures}", f"pictures, word_names: {words}}}")
+        assert ["word_names.pt1 = " in fault and "(run.yaml:" in fault and "is no text: write a word" in fault for fault in faults(tmp_path, text=text)] == [True], words
+    assert not faults(tmp_path, f"{key}=nullify", text=SMALL.replace("pictures}", "pictures, word_names: {pt1: 'null'}}"))
 
 
 @pytest.mark.parametrize("name, ok", [("some/model", True), ("./model", False), ("/gone/model", False), ("models/sd/v15", False), ("model", False), ("a\\b", False), ("pictures", True), ("models/", False)])

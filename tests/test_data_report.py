@@ -39,6 +39,14 @@ def test_first_prompts_are_those_of_the_first_samples(root):
     assert report.first_prompts(data) == [(name.removeprefix("d0/"), prompt) for batch in batches for name, prompt in zip(batch.ids, batch.prompts)][:5]
 
 
+def test_first_prompts_come_from_every_dataset(tmp_path):
+    roots = [folder_of(tmp_path / name, {f"{n}.png": (64, 64) for n in range(9)}, captions=True) for name in "ab"]
+    data = build(*(dataset(source(root, caption_file=str(root), word_names={"pt1": word})) for root, word in zip(roots, ("cat", "dog"))))
+    prompts = report.first_prompts(data)
+    assert [name.split("/")[0] for name, _ in prompts] == ["d0", "d0", "d1", "d1"] and [prompt.split(",")[0] for _, prompt in prompts] == ["cat", "cat", "dog", "dog"]
+    assert "First prompts of each dataset:" in shown(data)
+
+
 def test_prompts_that_are_too_long_are_counted_and_named(root):
     (root / "1.txt").write_text("word " * 90)
     (root / "2.txt").write_text("averyverylongwordthatisonetoken" * 4)

@@ -82,6 +82,13 @@ def test_images_and_captions_that_changed_are_named_and_refused_in_one_message_w
     assert log.count("warning: train.resume_force: this is another run than the one that was saved:") == 10 and "step 4/4" in log
 
 
+def test_a_wrong_config_is_told_before_a_length_that_is_done(place):
+    with pytest.raises(CheckpointError, match="seed: 42 before, 7 now"):
+        resume("seed=7", steps=2)
+    with pytest.raises(ConfigError, match="has done 3 of 2 steps"):
+        resume(steps=2)
+
+
 def test_layers_ranks_and_optimizers_of_others_cannot_be_forced(place):
     message = refusal("train.resume_force=true", "lora_unet.0.rank=4", "train.optimizer._target_=torch.optim.AdamW", "lora_text_encoder=[{lr: 1.0, rank: 2, layers: ['re:.*self_attn$']}]")
     for line in ("not even with train.resume_force", "16 LoRA layers have another rank in lora_unet", "12 LoRA layers are new in lora_text_encoder", "train.optimizer._target_: 'torch.optim.SGD' before"):

@@ -20,7 +20,7 @@ REFUSED_KEYS = ("trust_remote_code", "custom_pipeline", "custom_revision", "code
 KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")  # 'name/name' is a kernel on the hub
 TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$", re.ASCII)
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-QUOTED = "It starts with a single quote: cmd.exe hands them on, use double quotes there"
+QUOTED = "It starts with a single quote. Quotes belong around the whole argument, once: \"key=some words\"; cmd.exe takes double quotes only"
 
 
 def leaf_faults(leaves: Sequence[Leaf], allow: Sequence[str], carried: dict[tuple, Path]) -> list[str]:

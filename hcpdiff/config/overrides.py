@@ -66,7 +66,9 @@ def put(tree: Map, override: Override, shape: Shape, origin: Origin) -> None:
     last = _part(node, override.path[-1], path, shape.at(path))
     if override.value == DELETE:
         return _delete(node, last, path, shape)
-    value = lengthen(typed(override.value, shape.at((*path, last)), origin), shape.at((*path, last)))
+    inner = shape.at((*path, last))
+    word = shape.at(path).map_item is not None and override.value == "null"  # of a free map's entry nobody means the text; the walk says what to write
+    value = at(Word("null"), origin) if word else lengthen(typed(override.value, inner, origin), inner)
     if isinstance(value, Map) and isinstance(node, Map) and isinstance(node.get(last), Map):
         value = merge(node[last], value, (*path, last), [])
     node[last] = value

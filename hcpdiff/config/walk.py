@@ -113,17 +113,24 @@ class Walk:
         item = shape.map_item
         if item is None:
             return self.fault(path, node, f"is a map; {shape.expected()} is expected")
-        values = {str(key): self.value(value, item, (*path, key)) for key, value in node.items()}
+        values = {str(key): self._entry(value, item, (*path, key)) for key, value in node.items()}
         if any(value is BROKEN for value in values.values()) or _broken(node):
             return BROKEN
         if item.free and shape.key.slot:
             self.leaves.append(Leaf(path, shape, values, origin_of(node)))
         return values
 
+    def _entry(self, node: Any, shape: Shape, path: tuple) -> Any:
+        """One value of a free map; text that is null would be the word 'null' in what is made of it."""
+        if shape.text and not shape.nullable and isinstance(node, str) and scalar(node) is None:
+            return self.fault(path, node, "is no text: write a word, or leave the entry out (on the command line '---' as the value deletes one)")
+        return self.value(node, shape, path)
+
     def _scalar(self, node: Any, shape: Shape, path: tuple) -> Any:
         value = scalar(node)
         if value is None:
-            return None if shape.nullable else self.fault(path, node, f"must not be empty or null; {shape.expected()} is expected")
+            empty = " ([] is an empty one)" if shape.holds_list else ""
+            return None if shape.nullable else self.fault(path, node, f"must not be empty or null; {shape.expected()} is expected{empty}")
         made = _typed(node, value, shape)
         if made is MISSING:
             return self.fault(path, node, self._wrong_type(node, value, shape))

@@ -22,7 +22,7 @@ def print_report(data: "TrainData", console: Any) -> None:
         console.print(bucket_table(dataset))
     plan = data.plan
     console.print(f"An epoch: {plan.samples_per_epoch()} samples in {data.steps_per_epoch} steps of up to {plan.micro_per_step} x {plan.datasets[0].batch_size}.", highlight=False)
-    console.print("First prompts:", highlight=False)
+    console.print("First prompts:" if len(data.datasets) == 1 else "First prompts of each dataset:", highlight=False)
     for name, prompt in first_prompts(data):
         console.print(f"  {name}: {prompt!r}", markup=False, highlight=False)
     for line in notices(data):
@@ -69,14 +69,18 @@ def bucket_rows(data: TrainDataset) -> list[tuple[tuple[int, int], int, float, f
 
 
 def first_prompts(data: "TrainData", count: int = _PROMPTS) -> list[tuple[str, str]]:
-    """(image, prompt) of the first samples of the training, as the model will see them."""
-    refs: list = []
+    """(image, prompt) of the first samples that the training takes of each dataset, as the model will see them; `count` together, at least one of each."""
+    share = max(1, count // len(data.datasets))
+    found: dict[int, list] = {number: [] for number in range(len(data.datasets))}
     for step, _ in data.plan.epoch_steps(data.plan.start_of(0)):
-        refs += [ref for micro in step.micro for ref in micro.samples]
-        if len(refs) >= count:
+        for micro in step.micro:
+            for ref in micro.samples:
+                found[ref.dataset].append(ref)
+        if all(len(refs) >= share for refs in found.values()):
             break
-    refs = refs[:count]
-    return [(data.datasets[ref.dataset].image_id(ref.image), data.maker.prompt(ref)) for ref in refs]
+    several = len(data.datasets) > 1
+    return [((f"{data.datasets[number].name}/" if several else "") + data.datasets[number].image_id(ref.image), data.maker.prompt(ref))
+            for number, refs in found.items() for ref in refs[:share]]
 
 
 def too_long(data: "TrainData") -> list[tuple[str, int]]:

@@ -36,7 +36,7 @@ INTRO = {"en": """A config is one YAML file. Every key that is not written has t
   the installed package carries. Bases are merged in their order, then the file, then the command line; later wins. Maps are merged key by key, lists are
   replaced whole, and the value `'---'` deletes a key.
 - **Command line.** `key=value` after `--cfg FILE`: `train.train_epochs=10`, `lora_unet.0.rank=8` (or `'lora_unet[0].rank=8'`), `preview.prompts='[a cat, a dog]'`. Text keys
-  take what stands after `=` literally.
+  take what stands after `=` literally; a space in it needs quotes around the whole argument: `"exp_dir=exps/my cat"` (in every shell, also in cmd.exe).
 - **Expressions.** `${unet_lr}` is another key's value, read when it is needed, so that `unet_lr=0.0002` on the command line reaches `lr: ${unet_lr}`; `${.rank}` is a key
   beside this one. `${hcp.eval:"512*768"}` is arithmetic (numbers, `+ - * / // % **`, parentheses, `min max round int float sqrt`), `${times:512,768}` a product,
   `${hcp.time:}` the start of the run (`${hcp.time:%Y-%m-%d}` by strftime). `$<hcp.eval:512*768>` means the same and survives a shell's double quotes. `\\${` is a literal `${`.
@@ -49,7 +49,7 @@ INTRO = {"en": """A config is one YAML file. Every key that is not written has t
 
 - **继承**：`_base_:` 可以是一个路径或路径列表。依次在当前目录、写下该路径的文件所在目录、安装包自带的 `cfgs/` 中查找。先按顺序合并各个 base，再合并本文件，最后是命令行，后者优先。
   映射逐项合并，列表整体替换，值 `'---'` 表示删除该项。
-- **命令行**：在 `--cfg 文件` 之后写 `配置项=值`：`train.train_epochs=10`、`lora_unet.0.rank=8`（或 `'lora_unet[0].rank=8'`）、`preview.prompts='[a cat, a dog]'`。文本类配置项按 `=` 之后的原文读取。
+- **命令行**：在 `--cfg 文件` 之后写 `配置项=值`：`train.train_epochs=10`、`lora_unet.0.rank=8`（或 `'lora_unet[0].rank=8'`）、`preview.prompts='[a cat, a dog]'`。文本类配置项按 `=` 之后的原文读取；含空格时给整个参数加引号：`"exp_dir=exps/my cat"`（各种 shell 与 cmd.exe 均可）。
 - **表达式**：`${unet_lr}` 是另一项的值，用到时才读取，因此命令行的 `unet_lr=0.0002` 会传到 `lr: ${unet_lr}`；`${.rank}` 是同级的配置项。`${hcp.eval:"512*768"}` 是算术
   （数字、`+ - * / // % **`、括号、`min max round int float sqrt`），`${times:512,768}` 是乘积，`${hcp.time:}` 是训练开始的时间（`${hcp.time:%Y-%m-%d}` 为 strftime 格式）。
   `$<hcp.eval:512*768>` 含义相同，在 shell 的双引号里也不会被改动。`\\${` 表示字面的 `${`。

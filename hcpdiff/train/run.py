@@ -179,6 +179,7 @@ class Run:
         return total
 
     def _build_trainer(self) -> Trainer:
+        self._compare()
         train, self.total_steps, self.frozen = self.cfg.train, self._length(), not learns_text(self.trainables)
         groups = [group for trainable in self.trainables for group in trainable.param_groups()]
         step, text = make_step(self.base, self.cfg, self.data, self.frozen, self.device, self.dtype)
@@ -191,10 +192,14 @@ class Run:
             self._go_on(trainer)
         return trainer
 
+    def _compare(self) -> None:
+        """Refuses to go on with another run. Before anything else of it is judged: a wrong config is told as one, not as a number of steps that is too low."""
+        if self.place.resumed:
+            for line in self.place.resumed.differences(self.described, self.trainables, self.cfg.train.resume_force):
+                self.log.say(line)
+
     def _go_on(self, trainer: Trainer) -> None:
         resumed = self.place.resumed
-        for line in resumed.differences(self.described, self.trainables, self.cfg.train.resume_force):
-            self.log.say(line)
         start = self.data.plan.start_of(resumed.state["positions"][0][0])
         state = resumed.placed([data.name for data in self.data.datasets], [(p.epoch, p.chunk) for p in start])
         restore(trainer, self.trainables, state, Position, frozenset(self.cfg.train.optimizer) - {"_target_", "_partial_"})
