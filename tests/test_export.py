@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 import run_help
@@ -185,10 +186,9 @@ def test_layers_that_webui_has_no_name_for_are_told_before_the_first_step(config
 
 @pytest.mark.parametrize(("argument", "on", "name"), [
     ([], False, None), (["train.export=true"], True, None), (["train.export=true", "train.export.name=x"], True, "x"), (["train.export=null"], False, None),
-    (["train.export={webui: true, name: y}"], True, "y"), (["train.export=false", "train.export.name=x"], False, "x")])
+    (["train.export={webui: true, name: y}"], True, "y"), (["train.export={name: x, tag_frequency: true}"], True, "x"), (["train.export.name=x"], True, "x"),
+    (["train.export={name: null, tag_frequency: false}"], False, None), (["train.export={webui: false, name: x}"], False, "x"), (["train.export=false", "train.export.name=x"], False, "x")])
 def test_one_word_turns_it_on(config, argument, on, name):
-    from pathlib import Path
-
     text = Path(config).read_text(encoding="utf-8")
     Path(config).write_text(text.replace(", export: true", ""), encoding="utf-8")
     made = load(config, argument).config.train.export
@@ -197,10 +197,24 @@ def test_one_word_turns_it_on(config, argument, on, name):
     assert load(config, []).config.train.export.webui
 
 
+def test_a_key_set_over_the_templates_false_turns_it_on_and_the_runs_own_config_loads_as_it_was(config, tmp_path):
+    text = Path(config).read_text(encoding="utf-8").replace(", export: true", ", export: {name: x}")
+    (tmp_path / "base.yaml").write_text("train: {export: {webui: false, name: null}}\n", encoding="utf-8")
+    for base in ("", f"_base_: [{tmp_path / 'base.yaml'}]\n"):
+        Path(config).write_text(base + text, encoding="utf-8")
+        made = load(config, [])
+        assert made.config.train.export.webui and any("train.export.name" in line and "turns train.export on" in line for line in made.notices)
+        assert not load(config, ["train.export=false"]).config.train.export.webui
+    for arguments, on in (([], True), (["train.export=false"], False)):
+        (tmp_path / "frozen.yaml").write_text(load(config, arguments).yaml, encoding="utf-8")
+        again = load(str(tmp_path / "frozen.yaml"), []).config.train.export
+        assert (again.webui, again.name) == (on, "x")
+
+
 def test_faults_of_its_keys_are_named(config):
     with pytest.raises(ConfigError) as caught:
         load(config, ["train.export.name=a/b", "train.export.metadata={author: me}", "train.export.save_dtype=int8"])
-    assert len(caught.value.faults) >= 1 and "save_dtype" in str(caught.value)
+    assert len(caught.value.faults) == 3 and all(f"train.export.{key}" in str(caught.value) for key in ("save_dtype", "name = 'a/b'", "metadata: 'author'"))
     with pytest.raises(ConfigError, match="train.export.name = 'a/b' cannot be a file's name") as caught:
         load(config, ["train.export.name=a/b", "train.export.metadata={author: me}"])
     assert "train.export.metadata: 'author' must begin with ss_" in str(caught.value)

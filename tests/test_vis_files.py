@@ -212,6 +212,7 @@ def test_files_of_two_text_encoders_are_taken_together(tmp_path, both):
     unet, names = str(both / "unet-7.safetensors"), ["text_encoder-7.safetensors", "text_encoder_2-7.safetensors"]
     assert texts(tmp_path, lora_path=unet)[0] == texts(tmp_path, lora_path=unet, lora_path_TE=[first, second])[0] == names
     assert texts(tmp_path, merge=[MergeItem(path=unet, path_TE=[first, second])])[0] == names
+    assert texts(tmp_path, lora_path=unet)[1] == [f"lora_path_TE = auto: {first} and {second} lie beside and are used too (null leaves them out)."]
     assert texts(tmp_path, lora_path=unet, lora_path_TE=None) == ([], [])
     one, notices = texts(tmp_path, lora_path=unet, lora_path_TE=second)
     assert one == names[1:] and "text_encoder-7.safetensors lies beside text_encoder_2-7.safetensors and is not used" in notices[0]

@@ -1,4 +1,4 @@
-"""What is put right in a merged tree before its values are read: spellings, keys that exclude each other, default objects, a run's own folder."""
+"""What is put right in a merged tree before its values are read: spellings, keys that exclude each other or turn a map on, default objects, a run's own folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from .merge import merge
 from .overrides import Override, lengthen
 from .resolve import key_path
 from .shape import Shape, default_of, fields
-from .tree import Map, Node, Origin, Seq, Text, Word, at, dotted, written
+from .tree import Map, Node, Origin, Seq, Text, Word, at, dotted, plain, written
 from .walk import origin_of
 
 
@@ -58,6 +58,28 @@ def either(tree: Map, schema: type, faults: list[str], notices: list[str]) -> No
             continue
         replace(tree, loser, at(Word("null"), high))
         notices.append(f"{winner} ({high}) replaces {loser} ({low})")
+
+
+def turned_on(tree: Map, schema: type, notices: list[str]) -> None:
+    """A map with a key that turns it on (`SHORT`) is on where a key of it is set, and the turning key is not, or by an earlier layer only (the template says false)."""
+    for path, record in _switched(schema):
+        node = node_at(tree, dotted(path))
+        if not isinstance(node, Map):
+            continue
+        switch = node.get(record.SHORT)
+        layer = -1 if switch is None else origin_of(switch).layer
+        known = fields(record)
+        asked = [name for name, value in node.items() if name != record.SHORT and name in known and origin_of(value).layer > layer and plain(value) != default_of(known[name])]
+        if asked and (switch is None or plain(switch) is False):
+            origin = origin_of(node[asked[0]])
+            node[record.SHORT] = at(Word("true"), origin)
+            notices.append(f"{dotted((*path, asked[0]))} ({origin}) turns {dotted(path)} on")
+
+
+def _switched(schema: type, path: tuple = ()) -> list[tuple[tuple, type]]:
+    """(path, record) of every map that has a key which turns it on."""
+    records = [((*path, name), field.shape.record) for name, field in fields(schema).items() if field.shape.record]
+    return [item for here, record in records for item in ([(here, record)] if getattr(record, "SHORT", None) else _switched(record, here))]
 
 
 def fresh_folder(tree: Map, path: Path, schema: type, notices: list[str]) -> None:

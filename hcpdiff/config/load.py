@@ -80,6 +80,7 @@ class _Loader:
         tree = self.merged(layers, given)
         own_layer = len(layers.trees) - 1
         adjust.either(tree, self.schema, self.faults, self.notices)
+        adjust.turned_on(tree, self.schema, self.notices)
         adjust.fresh_folder(tree, layers.files[-1], self.schema, self.notices)
         resolver = Resolver(tree, self.now, lambda key: default_at(self.schema, key), self.faults)
         config = self.walked(tree, resolver, own_layer)

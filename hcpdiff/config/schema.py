@@ -109,13 +109,14 @@ class LossConfig:
 
 @dataclass
 class ExportConfig:
-    """The file that webui and ComfyUI take, written with each save. `export: true` turns it on."""
+    """The file that webui and ComfyUI take, written with each save. `export: true` turns it on, and so does any other key of it."""
 
     SHORT: ClassVar = "webui"  # true or false in the place of the map is this key's value
+    APART: ClassVar = True  # its check looks at each key alone
 
     webui: bool = key(False, "Each save also writes webui/<name>-<step>.safetensors in the run folder: UNet and text encoders in one file for AUTOMATIC1111's webui and ComfyUI. "
-                      "train.export: true is short for it.",
-                      "每次保存时，同时在训练文件夹的 webui/ 中写出 <name>-<步数>.safetensors：UNet 与文本编码器合为一个文件，供 AUTOMATIC1111 webui 与 ComfyUI 使用。可简写为 train.export: true。")
+                      "train.export: true is short for it; setting another key here turns it on as well.",
+                      "每次保存时，同时在训练文件夹的 webui/ 中写出 <name>-<步数>.safetensors：UNet 与文本编码器合为一个文件，供 AUTOMATIC1111 webui 与 ComfyUI 使用。可简写为 train.export: true；设置这里的其他任何一项也会开启。")
     name: str | None = key(None, "Name of the files and of the LoRA in webui. null: the run folder's name.", "文件名，也是 webui 中 LoRA 的名字。null 取训练文件夹的名字。")
     save_dtype: Literal["fp32", "fp16", "bf16"] | None = key(None, "Number format of these files. null: as train.save_dtype.", "这些文件的精度。null 与 train.save_dtype 相同。")
     tag_frequency: bool = key(False, "Write the captions' tags with their counts, and the trigger words, into the file. Whoever gets the file can read them.",

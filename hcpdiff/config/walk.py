@@ -56,11 +56,21 @@ class Walk:
                 self.faults.append(f"{dotted(here)} is missing ({field.shape.key.doc.rstrip('.')})")
                 values[field.name] = BROKEN
         if any(value is BROKEN for value in values.values()):
+            self._check_apart(cls, values, path)
             return BROKEN
         self.whole[path] = made = cls(**values)
+        self._check(made, path)
+        return made
+
+    def _check(self, made: Any, path: tuple) -> None:
         for fault in made.check() if hasattr(made, "check") else ():
             self.faults.append(f"{dotted(path)}{'.' if path else ''}{fault}")
-        return made
+
+    def _check_apart(self, cls: type, values: dict[str, Any], path: tuple) -> None:
+        """The check of the keys that are well where others are not, for a class whose check looks at each key alone (`APART`)."""
+        if getattr(cls, "APART", False):
+            defaults = {field.name: default_of(field) for field in fields(cls).values()}
+            self._check(cls(**{name: defaults[name] if value is BROKEN else value for name, value in values.items()}), path)
 
     def _ignored(self, cls: type, name: str, node: Map, path: tuple) -> bool:
         """The ancestor's `_target_` in places whose class is settled now."""

@@ -118,7 +118,8 @@ class Finder:
         if asked == "auto":
             texts = beside(path) if path else []
             if texts:
-                self.notices.append(f"{key} = auto: {' and '.join(map(str, texts))} lies beside and is used too (null leaves it out).")
+                lie, are = ("lie", "are") if len(texts) > 1 else ("lies", "is")
+                self.notices.append(f"{key} = auto: {' and '.join(map(str, texts))} {lie} beside and {are} used too (null leaves {'them' if len(texts) > 1 else 'it'} out).")
             return texts
         texts = [found for name in as_list(asked) if (found := self.file(key, name, "text_encoder"))]
         if len(as_list(asked)) > 2:
