@@ -67,6 +67,20 @@ def find_family(layers: Layers, metadata: Mapping[str, str], told: str | None = 
     return Found(family, family.version, "from its layers' widths" if by_width else "from its layers' names")
 
 
+def other_family(layers: Layers, metadata: Mapping[str, str], version: str | None, ldm_names: bool = False) -> str:
+    """For a LoRA that does not fit a base model of this version (`sd_v1` ...): that it is for another family, where the file settles that; else ''."""
+    own = webui.by_version(version)
+    if own is None:
+        return ""
+    try:
+        found = find_family(layers, metadata, ldm_names=ldm_names)
+    except CheckpointError:  # of no family that is known: the layers that do not fit say more
+        return ""
+    if found.version is None or found.family is own:
+        return ""
+    return f"this LoRA is for {found.family.title} ({found.how}), the model is {own.title}. Take a LoRA for {own.title}, or a model of the LoRA's kind."
+
+
 def _foreign(layers: Layers, family: WebuiFamily) -> list[str]:
     return [f"{component} {path}" for component, named in layers.items() for path in named if family.webui_base(component, path) is None]
 

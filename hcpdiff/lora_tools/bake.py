@@ -72,7 +72,7 @@ Plan = dict[Path, dict[str, list[tuple[str, Spot, Terms]]]]  # file -> key -> wh
 
 def _plan(model: BaseModel, entries: Sequence[Weighted]) -> tuple[Plan, list[str]]:
     """Which tensors of which files change by what; lines on what has no effect. CheckpointError where the LoRA do not fit the model."""
-    faults = [f"{entry.lora.name}: {fault}" for entry in entries for fault in misfits(model, entry.lora.layers)]
+    faults = [f"{entry.lora.name}: {fault}" for entry in entries for fault in misfits(model, entry.lora.layers, entry.lora.metadata)]
     if faults:
         raise CheckpointError(faults)
     gathered: dict[str, dict[str, Terms]] = {}

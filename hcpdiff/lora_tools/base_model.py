@@ -6,10 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..checkpoint.convert import Layers
+from ..checkpoint.convert import Layers, other_family
 from ..checkpoint.format import COMPONENTS
 from ..checkpoint.safetensors_header import ITEM_BYTES
 from ..errors import CheckpointError
+from ..families import webui
 from ..families.file_kind import kind_of
 from ..families.ldm_names import Source
 from ..families.source import read_index, resolve
@@ -116,8 +117,24 @@ def _opened(path: Path) -> WeightFile:
     return file
 
 
-def misfits(model: BaseModel, layers: Layers) -> list[str]:
-    """Why the LoRA does not fit the model, a line for each kind of fault; empty: every layer has its place and its shape."""
+def version_of(model: BaseModel) -> str | None:
+    """A base model version of the family whose layers the model has; None where they are those of none or of several."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for component, path, spot in model.layers():
+        shapes.setdefault(component, {})[path] = spot.shape
+    fitting = [family for family in webui.FAMILIES if shapes and webui.fits_projections(family, shapes)
+               and all(family.webui_base(component, path) for component, named in shapes.items() for path in named)]
+    return fitting[0].version if len(fitting) == 1 else None
+
+
+def misfits(model: BaseModel, layers: Layers, metadata: Mapping[str, str]) -> list[str]:
+    """Why the LoRA does not fit the model, a line for each kind of fault, or that it is for another family; empty: every layer has its place and its shape."""
+    found = _misfits(model, layers)
+    other = other_family(layers, metadata, version_of(model)) if found else ""
+    return [other] if other else found
+
+
+def _misfits(model: BaseModel, layers: Layers) -> list[str]:
     lacking: dict[str, list[str]] = {}
     wrong: list[str] = []
     for component, named in layers.items():

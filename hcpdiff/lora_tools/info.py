@@ -143,7 +143,7 @@ def _effects(layers: list[Layer]) -> list[str]:
 
 
 def _say_fit(info: Info, model: BaseModel, layers: Layers) -> None:
-    faults = misfits(model, layers)
+    faults = misfits(model, layers, info.metadata)
     info.fits = not faults
     info.faults += [f"it does not fit {model.path.name}: {fault}" for fault in faults]
 

@@ -159,7 +159,7 @@ class Run:
             collect(faults, check)
         if faults:
             raise ConfigError(faults)
-        for notice in (*start_from_files(self.cfg.model, self.trainables), *self.base.unread_layers(self.trainables)):
+        for notice in (*start_from_files(self.cfg.model, self.trainables, self.base.family.base_version(self.models)), *self.base.unread_layers(self.trainables)):
             self.log.say(notice)
         for trainable in self.trainables:
             for lora in trainable.adapters.values():

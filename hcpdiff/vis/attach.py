@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..adapters.attach import attach_lora
 from ..adapters.base import detach
+from ..checkpoint.convert import other_family
 from ..checkpoint.format import META_BASE_VERSION, load_lora
 from ..errors import ConfigError, HCPError, LayerMatchError
 from ..families.base import Models
@@ -19,13 +20,18 @@ Layers = dict[str, LoraTensors]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A source with its layers by component ('unet', 'text_encoder' ...), the file of each, and what its reader wants said."""
+    """A source with its layers by component ('unet', 'text_encoder' ...), the file of each, what its reader wants said, and the (first) file's metadata."""
 
     source: LoraSource
     layers: Mapping[str, Layers]
     notices: tuple[str, ...] = ()
-    base_version: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def base_version(self) -> str | None:
+        """What it was trained on, where it is a file of ours."""
+        return self.metadata.get(META_BASE_VERSION)
 
     def strength(self, component: str) -> float:
         """Strength on a component."""
@@ -78,7 +84,7 @@ def read(source: LoraSource) -> Loaded:
     notices = [notice for file in files.values() for notice in file.notices]
     if source.path and not layers.get("unet"):
         notices.append(f"{source.key}: {source.path} holds the text encoder's part only; the UNet is drawn without a LoRA.")
-    return Loaded(source, layers, tuple(notices), next(iter(files.values())).metadata.get(META_BASE_VERSION), origin)
+    return Loaded(source, layers, tuple(notices), next(iter(files.values())).metadata, origin)
 
 
 def text_layers(source: LoraSource, files: Mapping[Path, Mapping[str, Layers]]) -> tuple[dict[str, Layers], dict[str, Path]]:
@@ -144,19 +150,27 @@ def attach_all(models: Models, loaded: Sequence[Loaded]) -> None:
 
 
 def check_fit(models: Models, loaded: Sequence[Loaded]) -> None:
-    """Tries each file on its own, so that a misfit names the file."""
+    """Tries each file on its own, so that a misfit names the file; one that is for another family is told as that alone."""
     faults = []
     for lora in loaded:
-        for component, layers in lora.layers.items():
-            where = f"{lora.source.key} ({lora.files.get(component, lora.source.path)})"
-            if component not in models.modules:
-                faults.append(f"{where}: it holds layers of {component}, which this model does not have.")
-                continue
-            try:
-                attach_lora(models.modules[component], {path: [(tensors, 1.0)] for path, tensors in layers.items()}, where)
-            except LayerMatchError as error:
-                faults += error.faults
-            finally:
-                detach(models.modules[component])
+        found = _misfits(models, lora)
+        other = other_family(lora.layers, lora.metadata, models.family.base_version(models)) if found else ""
+        faults += [f"{lora.source.key} ({lora.source.path or lora.source.path_TE}): {other}"] if other else found
     if faults:
         raise LayerMatchError(faults)
+
+
+def _misfits(models: Models, lora: Loaded) -> list[str]:
+    faults = []
+    for component, layers in lora.layers.items():
+        where = f"{lora.source.key} ({lora.files.get(component, lora.source.path)})"
+        if component not in models.modules:
+            faults.append(f"{where}: it holds layers of {component}, which this model does not have.")
+            continue
+        try:
+            attach_lora(models.modules[component], {path: [(tensors, 1.0)] for path, tensors in layers.items()}, where)
+        except LayerMatchError as error:
+            faults += error.faults
+        finally:
+            detach(models.modules[component])
+    return faults
