@@ -207,6 +207,7 @@ ROWS = [
     Row("a log outside the run folder", "日志写到训练文件夹之外", T, ["logger=[{_target_: hcpdiff.loggers.FileLogger, name: ../x.log}]"], ("'../x.log' must be a name inside the run folder",)),
     Row("a pattern that is no regular expression", "层名的正则表达式有误", T, ["lora_unet.0.layers=['re:(']"], ("layers[0]",)),
     Row("a pattern that matches nothing", "层名没有匹配到任何层", T, ["lora_unet.0.layers=['re:.*to_kk$']"], ("re:.*to_kk$",)),
+    Row("an expression without `re:`", "正则表达式缺少 `re:`", T, ["lora_unet.0.layers=['mid_block.*attn1$']"], ("Without re: a pattern is an exact name", "'re:mid_block.*attn1$'")),
     Row("`exp_dir` that holds files", "`exp_dir` 中已有文件", T, text("run/x", "mine"), ("exp_dir = 'run' is not empty",)),
     Row("`exp_dir` below a file", "`exp_dir` 的上级是文件", T, text("file", "", "exp_dir=file/run"), ("exp_dir = 'file/run' cannot be made", "is a file, not a folder")),
     Row("resume of a folder without a state", "恢复的文件夹中没有训练状态", T, ["train.resume=images"], ("images", "no training state")),

@@ -134,6 +134,10 @@ def test_matching_nothing_is_judged_over_both_encoders():
     lay_groups(fresh(), "lora_text_encoder", [group(r"re:.*layers\.3\.")], 0)  # only the second one has four layers
     with pytest.raises(LayerMatchError, match=r"layers\[0\] = 're:te3.*matched none of"):
         lay_groups(fresh(), "lora_text_encoder", [group(r"re:te3\..*mlp$")], 0)
+    with pytest.raises(LayerMatchError, match=r"begins with te3; the prefixes here are te1\. and te2\."):
+        lay_groups(fresh(), "lora_text_encoder", [group(r"re:te3\..*mlp$")], 0)
+    with pytest.raises(LayerMatchError, match=r"it is 're:te2.\*self_attn'"):
+        lay_groups(fresh(), "lora_text_encoder", [group("te2.*self_attn")], 0)
     with pytest.raises(LayerMatchError, match=r"\[0\] and lora_text_encoder\[1\] both claim 8 layers"):
         lay_groups(fresh(), "lora_text_encoder", [group("re:te2.*mlp$"), group("re:.*mlp$", exclude=["te1"])], 0)
 

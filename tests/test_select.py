@@ -62,6 +62,21 @@ def test_all_faults_come_in_one_message(unet):
     assert "conv_in" in text and "not a regular expression" in text and "no Linear or Conv2d" in text
 
 
+@pytest.mark.parametrize("pattern, prefixes, says", [
+    (r"re:te3\..*mlp$", ["te1", "te2"], "No module's name begins with te3; the prefixes here are te1. and te2."), ("te1.encoder", [], "No module's name begins with te1; this part of the model has no prefixes."),
+    ("mid.*attn$", [], "Without re: a pattern is an exact name; as a regular expression it is 're:mid.*attn$'.")])
+def test_a_prefix_that_there_is_not_and_an_expression_without_re_are_told(unet, pattern, prefixes, says):
+    with pytest.raises(LayerMatchError) as caught:
+        select(unet, [group(pattern)], "x", prefixes=prefixes)
+    assert says in str(caught.value)
+
+
+def test_advice_is_given_only_where_it_is_of_use(unet):
+    with pytest.raises(LayerMatchError) as caught:
+        select(unet, [group(r"re:.*to_kk$", "mid_block.atn", "down_blocks.7")], "x")
+    assert len(caught.value.faults) == 3 and "Without re:" not in str(caught.value) and "begins with" not in str(caught.value)
+
+
 def test_layers_of_two_groups_are_named(unet):
     with pytest.raises(LayerMatchError, match=r"lora_unet\[0\] and lora_unet\[1\] both claim 32 layers"):
         select(unet, [group(r"re:.*\.attn.?$"), group(r"re:.*to_k$")], "lora_unet")

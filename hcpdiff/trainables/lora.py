@@ -44,7 +44,7 @@ def choose(models: Models, components: Sequence[Component], groups: Sequence, ke
         name, _, rest = path.partition(".")
         return models.family.aliases(name, rest)
 
-    selections = select(together, groups, key, aliases)
+    selections = select(together, groups, key, aliases, [component.alias for component in components if component.alias])
     return [[selection.below(f"{component.name}.") for selection in selections] for component in components]
 
 
