@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +126,24 @@ def test_extraction_leaves_out_what_did_not_change_and_says_what_no_lora_holds(w
     assert set(found) == {"unet"} and set(found["unet"]) == {path, linear} and found["unet"][linear].rank == 1 and found["unet"][path].rank > 3
     code, out, err = tool(lora_extract, *args, "--conv_rank", "0", "--parts", "unet")
     assert code == 0 and set(load_lora("x.safetensors").layers["unet"]) == {linear} and "1 convolutions are left out" in out, err
+
+
+@pytest.mark.parametrize("kind, version", [("sd1", "sd_v1"), ("sd2", "sd_v2_v"), ("sdxl", "sdxl_base_v1-0")])
+def test_an_extracted_lora_is_marked_by_its_base_models_family_and_prediction(kind, version, tool):
+    parts = make_parts(kind)
+    save_folder(Path("base"), kind, parts, "v_prediction")
+    save_single("base.safetensors", kind, parts, {"modelspec.prediction_type": "v"})
+    for name, weight in parts["unet"].named_parameters():
+        if name.endswith("attn2.to_k.weight"):
+            weight.data[0] += 0.5
+    save_folder(Path("tuned"), kind, parts, "v_prediction")
+    for base in ("base", "base.safetensors"):
+        code, out, err = tool(lora_extract, "--base_model", base, "--tuned_model", "tuned", "--rank", "1", "--parts", "unet", "--dump_path", "x")
+        assert code == 0 and f"({version}), as {base} is" in out and "warning" not in out, out + err
+        metadata = read_tensors("x.safetensors")[1]
+        assert (metadata["ss_base_model_version"], metadata["modelspec.prediction_type"]) == (version, "v")
+    save_folder(Path("tuned"), kind, parts, "epsilon")
+    assert "predicts v_prediction, tuned epsilon" in tool(lora_extract, "--base_model", "base", "--tuned_model", "tuned", "--rank", "1", "--parts", "unet", "--dump_path", "x")[1]
 
 
 def test_a_coarser_type_is_no_difference(tiny_sd1, tool):

@@ -11,9 +11,10 @@ from ..checkpoint.format import COMPONENTS
 from ..checkpoint.safetensors_header import ITEM_BYTES
 from ..errors import CheckpointError
 from ..families import webui
+from ..families.file_configs import said_prediction
 from ..families.file_kind import kind_of
 from ..families.ldm_names import Source
-from ..families.source import read_index, resolve
+from ..families.source import read_index, read_json, resolve
 from ..families.weight_file import WeightFile
 from ..lora_tensors import LoraTensors
 from . import base_names
@@ -70,6 +71,25 @@ class BaseModel:
     def files(self) -> list[WeightFile]:
         """Every file that may hold a layer."""
         return [self.single] if self.single else [file for files in self.parts.values() for file in files]
+
+    @property
+    def family(self) -> str | None:
+        """sd1, sd2 or sdxl, as `webui.BY_NAME` calls them; None where it is something else, or has no UNet."""
+        if self.single:
+            kind = kind_of(self.single.shapes, "the vae of a config", "--lora_path")
+            return None if isinstance(kind, str) else kind.name
+        shapes = {name: entry.shape for file in self.parts.get("unet", ()) for name, entry in file.header.entries.items()}
+        if not shapes or "add_embedding.linear_1.weight" in shapes:
+            return "sdxl" if shapes else None
+        return "sd2" if any(name.endswith("proj_in.weight") and len(shape) == 2 for name, shape in shapes.items()) else "sd1"
+
+    @property
+    def prediction(self) -> str | None:
+        """What its scheduler config or the file says that it predicts (epsilon, v_prediction, sample); None where they do not say."""
+        if self.single:
+            return (said_prediction(self.single.shapes, self.single.metadata) or (None,))[0]
+        config = self.path / "scheduler" / "scheduler_config.json"
+        return str(read_json(config).get("prediction_type", "epsilon")) if config.is_file() else None
 
     def spots(self, component: str, path: str) -> list[Spot]:
         """Every copy of a layer's weight: more than one where a folder holds variants (fp16 beside fp32); none where the model lacks the layer."""

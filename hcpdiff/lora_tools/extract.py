@@ -3,17 +3,18 @@
 import argparse
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from ..checkpoint.convert import DTYPES, cast, find_family
+from ..checkpoint.convert import DTYPES, Found, Layers, cast, find_family
 from ..checkpoint.format import COMPONENTS, META_BASE_MODEL, META_BASE_VERSION
+from ..checkpoint.metadata import META_PREDICTION
 from ..errors import CheckpointError, HCPError
-from ..families.source import read_json
+from ..families import webui
 from ..families.weight_file import WeightFile
 from ..families.webui import TEXT, UNET
 from ..lora_tensors import LoraTensors
@@ -58,8 +59,10 @@ def run(args: argparse.Namespace) -> int:
     _say(out, pairs, lost)
     for line in others(base, tuned, args.parts or COMPONENTS, lost):
         out.print(line)
-    metadata = _metadata(base, tuned)
-    found = find_family(layers, metadata, args.family)
+    metadata, doubts = _metadata(base, tuned)
+    for line in doubts:
+        out.print(line)
+    found = _family(layers, metadata, args.family, base)
     out.print(f"family: {found.family.title} ({found.version or found.family.version}), {found.how}")
     made = {"base": base.path.name, "tuned": tuned.path.name, "rank": args.rank, "conv_rank": args.conv_rank, "energy": args.energy}
     written = output.write(path, layers, found, args, tool=TOOL, dtype=None, kept=metadata, made_from=made)
@@ -174,13 +177,25 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def _metadata(base: BaseModel, tuned: BaseModel) -> dict[str, str]:
-    """What is known of the base model: its name; SD2's version where a folder says how it predicts."""
-    found = {META_BASE_MODEL: base.path.stem if base.single else base.path.name}
-    scheduler = tuned.path / "scheduler" / "scheduler_config.json"
-    if scheduler.is_file() and any(spot.shape[1] == 1024 for component, path, spot in tuned.layers() if component == UNET and path.endswith(".attn2.to_k")):
-        found[META_BASE_VERSION] = "sd_v2_v" if read_json(scheduler).get("prediction_type") == "v_prediction" else "sd_v2"
-    return found
+def _metadata(base: BaseModel, tuned: BaseModel) -> tuple[dict[str, str], list[str]]:
+    """What is known of the base model: its name, its version as webui calls it, what it predicts; and what is said of doubts."""
+    found, lines = {META_BASE_MODEL: base.path.stem if base.single else base.path.name}, []
+    prediction = base.prediction or tuned.prediction
+    if prediction:
+        found[META_PREDICTION] = prediction
+    if base.prediction and tuned.prediction not in (None, base.prediction):
+        lines.append(f"warning: {base.path.name} predicts {base.prediction}, {tuned.path.name} {tuned.prediction}; the LoRA is marked as one for {base.prediction}")
+    family = base.family
+    if family == "sd2" and not prediction:
+        lines.append("warning: nothing tells whether these models predict epsilon or v; epsilon is written, and --metadata modelspec.prediction_type=v says otherwise")
+    if family:
+        found[META_BASE_VERSION] = "sd_v2_v" if family == "sd2" and prediction == "v_prediction" else webui.BY_NAME[family].version
+    return found, lines
+
+
+def _family(layers: Layers, metadata: dict[str, str], told: str | None, base: BaseModel) -> Found:
+    found = find_family(layers, metadata, told)
+    return replace(found, how=f"as {base.path.name} is") if told is None and found.family.name == base.family else found
 
 
 def _say(out: Console, pairs: list[Pair], lost: dict[str, dict[str, Loss]]) -> None:
