@@ -12,7 +12,7 @@ from hcpdiff.config.schema import LoraGroup, ModelConfig
 from hcpdiff.errors import CheckpointError, LayerMatchError
 from hcpdiff.families import detect
 from hcpdiff.lora_tools.base_model import misfits, open_model, version_of
-from hcpdiff.train.init import start_from_files
+from hcpdiff.train.init import check_places, start_from_files
 from hcpdiff.trainables.lora import lay_groups
 from hcpdiff.vis import attach
 from hcpdiff.vis.lora_files import LoraSource
@@ -44,6 +44,9 @@ def test_init_lora_says_the_family_and_not_the_layers(models, foreign):
     with pytest.raises(CheckpointError) as caught:
         start_from_files(ModelConfig(pretrained_model_name_or_path="m", init_lora=str(foreign)), trainables, "sd_v1")
     assert caught.value.faults == [f"model.init_lora = {str(foreign)!r}: {SAYS} Take a LoRA for Stable Diffusion 1.x, or a model of the LoRA's kind."]
+    foreign.with_name("folder").mkdir()
+    with pytest.raises(CheckpointError, match="model.init_lora: .*folder holds no weight files: .* In it: nothing"):
+        check_places(ModelConfig(pretrained_model_name_or_path="m", init_lora=str(foreign.with_name("folder"))))
     foreign.with_name("cut.safetensors").write_bytes(foreign.read_bytes()[:300])
     with pytest.raises(CheckpointError, match="model.init_lora: .*cut.safetensors is cut short"):
         start_from_files(ModelConfig(pretrained_model_name_or_path="m", init_lora=str(foreign.with_name("cut.safetensors"))), trainables, "sd_v1")

@@ -176,6 +176,16 @@ def test_a_run_starts_from_a_webui_file_with_both_parts(train):
         train("model.init_lora_TE=both.safetensors")
 
 
+def test_a_run_starts_from_the_newest_step_of_a_run_folder(train):
+    words = ["lora_text_encoder=[{lr: 1.0, rank: 2, layers: ['re:.*self_attn$']}]"]
+    first, _, _ = train(*words)
+    again, log, _ = train(*words, f"model.init_lora={first.folder}", "train.optimizer={_target_: torch.optim.SGD}", "lora_unet.0.lr=0", "lora_text_encoder.0.lr=0")
+    for stem in ("unet", "text_encoder"):
+        old, new = files(first, stem)[f"{stem}-2.safetensors"], files(again, stem)[f"{stem}-2.safetensors"]
+        assert old.keys() == new.keys() and all(torch.allclose(old[key], new[key]) for key in old)
+    assert f"{first.folder}/ckpts/unet-2.safetensors: " in log and f"{first.folder}/ckpts/text_encoder-2.safetensors: " in log
+
+
 def test_cfg_yaml_names_the_folder_that_was_made(train, tmp_path):
     (tmp_path / "exps" / "now").mkdir(parents=True)
     run, _, _ = train("exp_dir=exps/${hcp.time:now}")

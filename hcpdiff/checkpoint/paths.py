@@ -84,7 +84,7 @@ def newest(folder: Path | str) -> StepFiles:
             break
     if not steps:
         raise CheckpointError(f"{folder} holds no weight files: looked for unet-<step>{SUFFIX} in {' and '.join(map(str, places)) or folder}, and for {DIFFUSERS_WEIGHTS} and "
-                              f"{PEFT_WEIGHTS}.")
+                              f"{PEFT_WEIGHTS}. In it: {_few(_names(folder), 5)}.")
     number = max(steps)
     return StepFiles(number[1], {stem: steps[number][stem] for stem in STEMS if stem in steps[number]})
 

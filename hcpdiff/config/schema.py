@@ -73,10 +73,10 @@ class ModelConfig:
         "模型预测的目标。auto 以底模的 scheduler 配置（单个文件则以文件自身的标记）为准。")
     noise_scheduler: dict | None = key(None, "Another noise schedule for training, by _target_ (a diffusers scheduler). null: the base model's.",
                                        "训练用的噪声调度器（_target_）。null 用底模自带的。", slot="noise_scheduler")
-    init_lora: str | None = key(None, "Start the UNet's LoRA from this file (ours, webui/kohya, PEFT, ancestor). A file that holds the text encoder's too starts both.",
-                                "UNet 的 LoRA 从该文件继续训练（支持本框架、webui/kohya、PEFT 与旧版格式）；文件中含文本编码器部分时一并载入。", path=True, exists="file")
-    init_lora_TE: str | list[str] | None = key(None, "Start the text encoder's LoRA from this file; SDXL has two encoders, and a list takes a file for each.",
-                                               "文本编码器的 LoRA 从该文件继续训练；SDXL 有两个文本编码器，可用列表各给一个文件。", path=True, exists="file")
+    init_lora: str | None = key(None, "Start the UNet's LoRA from this file (ours, webui/kohya, PEFT, ancestor), or from the newest step of this run folder. One that holds the text encoder's too starts both.",
+                                "UNet 的 LoRA 从该文件继续训练（支持本框架、webui/kohya、PEFT 与旧版格式），也可给训练文件夹（取最新一步）；其中含文本编码器部分时一并载入。", path=True, exists="either")
+    init_lora_TE: str | list[str] | None = key(None, "Start the text encoder's LoRA from this file or run folder; SDXL has two encoders, and a list takes a file for each.",
+                                               "文本编码器的 LoRA 从该文件或训练文件夹继续训练；SDXL 有两个文本编码器，可用列表各给一个文件。", path=True, exists="either")
 
 
 @dataclass

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from . import vae_file
 from .single_file import SingleFile, keys_for
 from .source import MODEL_KEY, check_complete, find_part, load_or_fault, load_whole, parts_of, read_index, read_json
@@ -138,7 +138,12 @@ def open_place(source: Path | str | Place, configs: str | None = None, predictio
         if configs:
             raise ConfigError(f"{keys_for(key).config} = {configs!r} is for a single file; {key} = {str(source)!r} has its own configs.")
         return Folder(Path(source))
-    return SingleFile(Path(source), checked_configs(configs, keys_for(key).config), prediction, key)
+    place = SingleFile(Path(source), checked_configs(configs, keys_for(key).config), prediction, key)
+    try:
+        _ = place.shapes  # read now and kept
+    except CheckpointError as error:
+        raise CheckpointError([f"{key}: {fault}" for fault in error.faults]) from error
+    return place
 
 
 def checked_configs(configs: str | None, key: str) -> Path | None:

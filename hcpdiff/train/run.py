@@ -24,7 +24,7 @@ from .base import BaseModel
 from .export import WebuiExport, check_export
 from .export_facts import export_facts
 from .hooks import LogHook
-from .init import start_from_files
+from .init import check_places, start_from_files
 from .latents import cache_latents
 from .parallel import Parallel
 from .parts import learns_text, make_gradients, make_lr_factor, make_optimizer, make_step
@@ -125,6 +125,7 @@ class Run:
         for i, spec in enumerate(self.cfg.logger):
             collect(faults, lambda: faults.extend(check_target(spec, "logger", f"logger[{i}]", self.allow)))
         collect(faults, self._find_model)
+        collect(faults, lambda: check_places(self.cfg.model))
         collect(faults, lambda: faults.extend(check_target(self.cfg.train.optimizer, "optimizer", "train.optimizer", self.allow)))
         if self.cfg.train.lr_scheduler:
             collect(faults, lambda: faults.extend(check_target(self.cfg.train.lr_scheduler, "lr_scheduler", "train.lr_scheduler", self.allow)))
