@@ -134,7 +134,7 @@ def test_mistakes_about_files(run, here):
     save_tensors(run / "model.safetensors", {"model.diffusion_model.out.2.weight": torch.ones(2, 2)}, {})
     before = sorted(run.rglob("*"))
     fails(convert("--to_webui", "--lora_path", "cut.safetensors", "--dump_path", "x.safetensors", cwd=run), "cut.safetensors is cut short")
-    fails(convert("--to_webui", "--lora_path", "model.safetensors", "--dump_path", "x.safetensors", cwd=run), "1 of 1 keys cannot be read", "model.diffusion_model.out.2.weight")
+    fails(convert("--to_webui", "--lora_path", "model.safetensors", "--dump_path", "x.safetensors", cwd=run), "model.safetensors is a whole model (Stable Diffusion 1.x), not a LoRA: name it as the base model")
     fails(convert("--to_webui", "--lora_path", unet, "--dump_path", f"{unet}/x.safetensors", cwd=run), "cannot be written", "is a file, not a folder")
     fails(here("--to_webui", "--lora_path", unet, "--dump_path", unet, "--overwrite", cwd=run), "is the file that is read")
     fails(here("--to_webui", "--lora_path", unet, "--dump_path", "model.safetensors", cwd=run), "model.safetensors exists", "--overwrite")

@@ -90,6 +90,19 @@ def test_what_is_no_lora_is_named(info):
     fails(info("nowhere.safetensors"), "does not exist")
 
 
+@pytest.mark.parametrize("name, what", [
+    ("model.diffusion_model.input_blocks.0.0.weight", "a whole model (Stable Diffusion 1.x), not a LoRA: name it as the base model"),
+    ("down_blocks.0.resnets.0.conv1.weight", "the weights of a UNet, not a LoRA"), ("encoder.conv_in.weight", "a VAE, not a LoRA"),
+    ("state.adapters.unet.mid_block.attentions.0.proj_in.down", "a training state, not a LoRA: the LoRA of that step are in ckpts/"),
+    ("control_model.input_hint_block.0.weight", "a ControlNet, not a LoRA"), ("emb_params", "it belongs into the visualizer's emb_dir"),
+    ("double_blocks.0.img_attn.qkv.weight", "a FLUX model or one built like it, which is not supported; it is not a LoRA")])
+def test_what_a_file_is_instead_is_told_in_one_line(info, name, what):
+    save_tensors("x.safetensors", {name: torch.ones(4, 4, 3, 3), f"{name[:-3]}2.weight": torch.ones(2)}, {})
+    result = info("x.safetensors")
+    fails(result, f"x.safetensors is {what}" if not what.startswith("it") else what)
+    assert "cannot be read" not in result[2] and "faults" not in result[2]
+
+
 def test_whether_it_fits_a_model_is_said(info, tiny_sd1, tiny_sd2):
     from diffusers import UNet2DConditionModel
 

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..families.file_kind import not_lora
 from ..families.unet_names import text_path
 from ..lora_tensors import LoraTensors
 from .io import read_tensors, save_tensors
 from .lora_parse import StoredLora, parse
 from .paths import PEFT_WEIGHTS
+from .safetensors_header import read_header
+from .spellings import known
 
 FORMAT = "1"  # number of the format that save_lora writes; raised when a reader of the old one would be wrong
 META_PREFIX = "hcpdiff."  # of every metadata key of ours; save_lora adds it to plain names
@@ -80,14 +83,23 @@ def _folder_component(path: Path) -> str | None:
     return path.absolute().parent.name if path.name == PEFT_WEIGHTS and path.absolute().parent.name in COMPONENTS else None
 
 
+def _refuse_others(path: Path) -> None:
+    """CheckpointError where the header alone shows that the file is something else: a base model of gigabytes is not read to be refused."""
+    shapes = {name: entry.shape for name, entry in read_header(path).entries.items()}
+    what = not_lora(shapes) if shapes and not any(map(known, shapes)) else None
+    if what:
+        raise CheckpointError(f"{path} is {what}.")
+
+
 def load_lora(path: Path | str) -> LoraFile:
     """Reads a LoRA file in any spelling: ours, webui/kohya (diffusers and LDM names), PEFT, old diffusers, `lycoris_`, the ancestor's.
 
     Module paths come back in diffusers' spelling, text encoders with `text_model.`; alpha is what makes alpha / rank the effective scale.
     Tucker factors (`lora_mid`) are folded into `down`, exactly. CheckpointError names all that is not understood: foreign keys, DoRA, LoHa,
-    LoKr, full differences, half pairs, shapes that do not fit each other, values that are not finite, empty tensors.
+    LoKr, full differences, half pairs, shapes that do not fit each other, values that are not finite, empty tensors; or what the file is instead (a base model, a UNet, a training state).
     """
     path = Path(path)
+    _refuse_others(path)
     tensors, metadata = read_tensors(path)
     number = metadata.get(META_FORMAT, FORMAT)
     if number != FORMAT:

@@ -29,6 +29,7 @@ _OTHERS = [(re.compile(pattern), why) for pattern, why in (
     (r"lora_embedding_[AB]", "a LoRA of an embedding, which no Linear or convolution can take"),
     (r"(\.lora_(down|up|A|B)(\.[^.]+)?|\.layer)\.bias$", "a LoRA with a bias, which has no place in up, down, alpha"),
 )]
+_UNKNOWN = "no LoRA spelling known here"
 _ANCESTOR = re.compile(r"(?:(?P<group>[^:]+):)?(?P<path>.+?)\.___\.(?P<part>.+)")
 _ANCESTOR_PARTS = {"layer.W_down": DOWN, "layer.W_up": UP, "layer.lora_down.weight": DOWN, "layer.lora_up.weight": UP, "alpha": ALPHA}
 _COMPONENTS = {"unet.": UNET, "denoiser.": UNET, "text_encoder.": TEXT, "text_encoder_2.": TEXT_2, "TE.": TEXT,
@@ -64,14 +65,23 @@ def read_key(key: str, component: str | None = None) -> Key:
         match = pattern.search(key)
         if match:
             return _place(key[: match.start()], part, spelling, component)
-    raise NotLora("no LoRA spelling known here")
+    raise NotLora(_UNKNOWN)
+
+
+def known(key: str) -> bool:
+    """Whether the key is a LoRA's or a relative's (LoHa, DoRA ...), of which `read_key` says what it is."""
+    try:
+        read_key(key)
+    except NotLora as why:
+        return str(why) != _UNKNOWN
+    return True
 
 
 def _ancestor(key: str, component: str | None) -> Key:
     match = _ANCESTOR.fullmatch(key)
     part = _ANCESTOR_PARTS.get(match["part"]) if match else None
     if part is None:
-        raise NotLora("a LoRA with a bias, which has no place in up, down, alpha" if match and match["part"] == "layer.bias" else "no LoRA spelling known here")
+        raise NotLora("a LoRA with a bias, which has no place in up, down, alpha" if match and match["part"] == "layer.bias" else _UNKNOWN)
     found, path = _split_component(match["path"], component)
     return Key(found, path, part, ANCESTOR, match["group"] or "")
 

@@ -84,6 +84,24 @@ def kind_of(shapes: Shapes, vae: str, lora: str) -> Kind | str:
     return _by_encoders(shapes)
 
 
+_ADVICE = {"the UNet alone": "the weights of a UNet", "a VAE alone": "a VAE", "a text encoder alone": "a text encoder"}
+
+
+def not_lora(shapes: Shapes) -> str | None:
+    """What a file is in which no name is a LoRA's, and what to do with it, as the end of 'The file is ...'; None where that is not known."""
+    if all(name.startswith("state.") for name in shapes):
+        return "a training state, not a LoRA: the LoRA of that step are in ckpts/ of the run folder, and train.resume takes the state's folder"
+    kind = kind_of(shapes, "", "")
+    if isinstance(kind, Kind):
+        return f"a whole model ({kind.title}), not a LoRA: name it as the base model. lora_extract makes a LoRA of what it differs from another model"
+    if kind.startswith(("a LoRA", "no Stable Diffusion model")):
+        return None
+    plain = next((what for alone, what in _ADVICE.items() if kind.startswith(alone)), None)
+    if plain:
+        return f"{plain}, not a LoRA: it is a part of a base model. lora_extract makes a LoRA of what a model differs from another"
+    return kind.replace(", not a base model", ", not a LoRA") if ", not a base model" in kind else f"{kind}; it is not a LoRA"
+
+
 def _by_encoders(shapes: Shapes) -> Kind | str:
     """Text encoders tell the kinds apart; where there are none, the UNet does."""
     def has(prefix: str) -> bool:
