@@ -33,9 +33,12 @@ def test_numbers_are_those_of_the_dense_deltas(info):
 
 
 def test_the_page_for_readers(info):
-    webui_file("cat.safetensors", sd1_layers(1, text=True, alpha=3.0), extra={"ss_tag_frequency": json.dumps({"5_cat": {"cat": 9, "sofa": 2}}), "ss_note": "\x1b[31mred"})
+    webui_file("cat.safetensors", sd1_layers(1, text=True, alpha=3.0), extra={"ss_tag_frequency": json.dumps({"5_cat": {"cat": 9, "sofa": 2}}), "ss_note": "\x1b[31mred", "ssmd_cover_images": f'["{"QUJD" * 1000}"]',
+                                                                                   "modelspec.thumbnail": f"data:image/jpeg;base64,{'QUJD' * 1000}"})
     code, out, _ = info("cat.safetensors", "--layers")
     assert code == 0
+    assert "ssmd_cover_images: (picture, 3.0 kB)" in out and "modelspec.thumbnail: (picture, 3.0 kB)" in out and "QUJD" not in out
+    assert "QUJD" * 1000 in info("cat.safetensors", "--all_metadata")[1]
     for words in ("cat.safetensors: ", "72 tensors", "AutoV2", "AutoV3", "family: Stable Diffusion 1.x (sd_v1)", "text_encoder", "unet down_blocks.0.resnets.0.conv1", "ss_tag_frequency: cat 9, sofa 2"):
         assert words in out, words
     assert "\x1b" not in out  # a stranger's file does not steer the terminal
@@ -62,6 +65,8 @@ def test_a_run_folder_shows_each_part(info):
         save_lora(f"run/ckpts/{component}-20.safetensors", named, {"component": component, "step": "20", "base_version": "sd_v1"})
     code, out, _ = info("run")
     assert code == 0 and out.count("spelling: hcpdiff") == 2 and "hcpdiff.step: 20" in out
+    for words, times in (("hcpdiff.step: 20", 1), ("hcpdiff.component: unet", 1), ("metadata of all 2 files:", 1), ("hcpdiff.base_version", 1)):
+        assert out.count(words) == times, words
 
 
 def test_what_changes_nothing_is_told(info):
@@ -111,7 +116,10 @@ def test_whether_it_fits_a_model_is_said(info, tiny_sd1, tiny_sd2):
     paths = [name.removesuffix(".weight") for name in weights if name.endswith((".to_k.weight", ".conv1.weight", ".proj_in.weight"))]
     webui_file("fits.safetensors", {"unet": {path: random_lora(tuple(weights[f"{path}.weight"].shape), n) for n, path in enumerate(paths)}})
     code, out, err = info("fits.safetensors", "--base_model", str(tiny_sd1))
-    assert code == 0 and f"fits model: each of the {len(paths)} layers" in out, err
+    assert code == 0 and out.splitlines()[-1].startswith(f"fits model: each of the {len(paths)} layers"), err
+    result = info("fits.safetensors", "fits.safetensors", "--base_model", "fits.safetensors")
+    fails(result, "error: fits.safetensors is a LoRA, not a base model")
+    assert len(result[2].splitlines()) == 1 and "family" in result[1]
     webui_file("other.safetensors", {"unet": {path: random_lora((32, 7), n) for n, path in enumerate(paths) if path.endswith("to_k")}})
     fails(info("other.safetensors", "--base_model", str(tiny_sd1)), "does not fit model", "layers have another shape", "(32, 32) in the model, (32, 7) in the LoRA")
     webui_file("deep.safetensors", {"unet": {"down_blocks.0.attentions.0.transformer_blocks.9.attn1.to_q": random_lora((32, 32), 1)}}, family=sdxl())

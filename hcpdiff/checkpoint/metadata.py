@@ -22,7 +22,7 @@ META_PREDICTION = META_PREFIX + "prediction_type"
 _OURS = (META_BASE_VERSION, META_BASE_MODEL, META_STEP, META_PREDICTION)  # the rest of ours (settings, versions, format) is true of that file only
 _OF_THE_FILE = ("format", "lora_adapter_metadata")
 _CARRIED = ("ss_", "ssmd_", "modelspec.")
-_PICTURES = ("ssmd_cover", "modelspec.thumbnail")  # their base64 holds what looks like a path
+PICTURES = ("ssmd_cover", "modelspec.thumbnail")  # their base64 holds what looks like a path
 _PATH = re.compile(r"""(^|[\s"'=\[(])(~?/[^\s"'/]+/|[A-Za-z]:[\\/]|\\\\[^\s\\]|\.{1,2}[\\/])|[^\s:/]\\[^\s"nrtu\\/]""")
 
 
@@ -36,7 +36,7 @@ def carried(metadata: Mapping[str, str], keep_all: bool = False) -> tuple[dict[s
         if key.startswith(META_PREFIX):
             kept.update({key: value} if key in _OURS else {})
             continue
-        private = key.startswith(_PRIVATE) or not key.startswith(_CARRIED) or (not key.startswith(_PICTURES) and _PATH.search(value) is not None)
+        private = key.startswith(_PRIVATE) or not key.startswith(_CARRIED) or (not key.startswith(PICTURES) and _PATH.search(value) is not None)
         if private and not keep_all:
             dropped.append(key)
         else:

@@ -168,6 +168,11 @@ def _misfits(model: BaseModel, layers: Layers) -> list[str]:
     return lines + ([f"{len(wrong)} layers have another shape there, or a type that cannot be added to (scaled or quantized): {_few(wrong)}."] if wrong else [])
 
 
+def no_model(model: BaseModel) -> list[str]:
+    """That a file is no base model but something else, such as a LoRA; empty where it has a layer that a LoRA can change."""
+    return _what_else(model) if next(model.layers(), None) is None else []
+
+
 def _what_else(model: BaseModel) -> list[str]:
     """What a file is that has none of the layers."""
     shapes = {name: entry.shape for file in model.files for name, entry in file.header.entries.items()} if model.single else {}

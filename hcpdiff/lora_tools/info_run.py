@@ -4,13 +4,15 @@ import argparse
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 
 from rich.table import Table
 
 from .. import cli
+from ..checkpoint.metadata import PICTURES
 from ..errors import CheckpointError, HCPError
 from . import output
-from .base_model import open_model
+from .base_model import no_model, open_model
 from .info import Info, groups, look
 
 _LONG = 200  # characters of a metadata value that are shown unless all is asked for
@@ -22,25 +24,51 @@ def run(args: argparse.Namespace, sources: list) -> int:
     """Shows every file; CheckpointError at the end with all that is wrong."""
     out = output.console()
     model = open_model(args.base_model, "--base_model") if args.base_model else None
-    infos, faults = [], []
-    for path in (path for _, paths in sources for path in paths):
-        try:
-            infos.append(look(path, model))
-        except HCPError as error:
-            faults += error.faults
+    infos: list[list[Info]] = []
+    faults = no_model(model) if model else []
+    model = None if faults else model  # what the LoRA are is shown all the same
+    for _, paths in sources:
+        infos.append([])
+        for path in paths:
+            try:
+                infos[-1].append(look(path, model))
+            except HCPError as error:
+                faults += error.faults
+    flat = [info for step in infos for info in step]
     if args.json:
-        print(json.dumps([json.loads(info.as_json()) for info in infos], ensure_ascii=False, indent=2))
+        print(json.dumps([json.loads(info.as_json()) for info in flat], ensure_ascii=False, indent=2))
     else:
-        for info in infos:
-            show(info, out, args, model.path.name if model else "")
-    faults += [fault if fault.startswith(info.path) else f"{info.path}: {fault}" for info in infos for fault in info.faults]
+        for step in infos:
+            show(step, out, args)
+        for (name, _), step in zip(sources, infos, strict=True):
+            if model and step and all(info.fits for info in step):
+                out.print(f"{f'{name} ' if len(infos) > 1 else ''}fits {model.path.name}: each of the {sum(len(info.layers) for info in step)} layers has its place and its shape there")
+    faults += [fault if fault.startswith(info.path) else f"{info.path}: {fault}" for info in flat for fault in info.faults]
     if faults:
         raise CheckpointError(faults)
     return 0
 
 
-def show(info: Info, out, args: argparse.Namespace, model: str) -> None:
-    """One file's page."""
+def show(step: list[Info], out, args: argparse.Namespace) -> None:
+    """A page for each file of a step, and the metadata that all of them have once."""
+    common = dict(set.intersection(*(set(info.metadata.items()) for info in step))) if len(step) > 1 else {}
+    for info in step:
+        _show(info, out, args)
+        own = {key: value for key, value in info.metadata.items() if key not in common}
+        if own or not common:
+            _show_metadata(own, out, args)
+        for warning in info.warnings:
+            out.print(f"warning: {warning}")
+    if common:
+        _show_metadata(common, out, args, f"metadata of all {len(step)} files")
+
+
+def _show_metadata(metadata: Mapping[str, str], out, args: argparse.Namespace, title: str = "metadata") -> None:
+    for line in metadata_lines(metadata, args.all_metadata, title):
+        out.print(cli.CONTROL.sub(lambda found: repr(found[0])[1:-1], line))
+
+
+def _show(info: Info, out, args: argparse.Namespace) -> None:
     out.print(f"{info.path}: {info.bytes / 2**20:.2f} MiB, {info.tensors} tensors ({', '.join(f'{count} {name}' for name, count in info.dtypes.items())})")
     out.print(f"AutoV2 {info.hashes['AutoV2']}, AutoV3 {info.hashes['AutoV3']}")
     if info.spelling:
@@ -51,12 +79,6 @@ def show(info: Info, out, args: argparse.Namespace, model: str) -> None:
         out.print(parts_table(info))
     if args.layers:
         out.print("\n".join(layer_lines(info)))
-    if info.fits:
-        out.print(f"fits {model}: each of the {len(info.layers)} layers has its place and its shape there")
-    for line in metadata_lines(info, args.all_metadata):
-        out.print(cli.CONTROL.sub(lambda found: repr(found[0])[1:-1], line))
-    for warning in info.warnings:
-        out.print(f"warning: {warning}")
 
 
 def parts_table(info: Info) -> Table:
@@ -82,18 +104,19 @@ def layer_lines(info: Info) -> list[str]:
     return lines
 
 
-def metadata_lines(info: Info, whole: bool) -> list[str]:
-    """The header's entries, the ones that readers look for first; long ones shortened unless `whole`; the commonest tags of a tag count."""
-    if not info.metadata:
-        return ["metadata: none"]
-    order = sorted(info.metadata, key=lambda key: (_FIRST.index(key) if key in _FIRST else len(_FIRST), key))
-    lines = ["metadata:"]
+def metadata_lines(metadata: Mapping[str, str], whole: bool, title: str = "metadata") -> list[str]:
+    """The header's entries, the ones that readers look for first; long ones and pictures shortened unless `whole`; the commonest tags of a tag count."""
+    if not metadata:
+        return [f"{title}: none"]
+    order = sorted(metadata, key=lambda key: (_FIRST.index(key) if key in _FIRST else len(_FIRST), key))
+    lines = [f"{title}:"]
     for key in order:
-        value = info.metadata[key]
+        value = metadata[key]
         if key == "ss_tag_frequency" and not whole:
             value = _tags(value)
         if len(value) > _LONG and not whole:
-            value = f"{value[:_LONG]} … ({len(value)} characters; --all_metadata shows them)"
+            picture = key.startswith(PICTURES) or value.startswith("data:image/")
+            value = f"(picture, {len(value) * 3 / 4000:.1f} kB)" if picture else f"{value[:_LONG]} … ({len(value)} characters; --all_metadata shows them)"
         lines.append(f"  {key}: {value}")
     return lines
 
