@@ -115,7 +115,7 @@ def test_the_tables_need_nothing_and_are_all_that_checkpoints_take_from_families
     for path in sorted((root / "checkpoint").glob("*.py")):
         text = path.read_text(encoding="utf-8")
         taken |= set(re.findall(r"from \.\.families\.(\w+) import", text)) | set(re.findall(r"from \.\.families import (.+)", text))
-    assert taken == {"unet_names", "webui"}
-    for name in taken:
+    assert taken == {"file_kind", "unet_names", "webui"}
+    for name in (*taken, "ldm_names"):
         imported = re.findall(r"^(?:from|import) (\S+)", (root / "families" / f"{name}.py").read_text(encoding="utf-8"), re.MULTILINE)
-        assert set(imported) <= {"re", "collections.abc", "dataclasses", "functools", "typing", ".unet_names"}, imported
+        assert set(imported) <= {"re", "collections.abc", "dataclasses", "functools", "typing", ".unet_names", ".ldm_names"}, imported

@@ -134,9 +134,9 @@ def test_a_loader_process_that_is_killed_is_named_and_no_bug_of_ours(train, monk
     class Killer(Hook):
         def on_step_end(self, trainer):
             if trainer.state.step == 1:
-                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+                os.kill(next(child.pid for child in multiprocessing.active_children() if child.pid not in others), signal.SIGKILL)
 
-    hooks = Run._hooks
+    hooks, others = Run._hooks, {child.pid for child in multiprocessing.active_children()}
     monkeypatch.setattr(Run, "_hooks", lambda self: [*hooks(self), Killer()])
     with pytest.raises(HCPError, match="a process that loads images has ended: .*train.workers") as caught:
         train("train.train_steps=500", "train.workers=1", "data.one.cache_latents=none")
