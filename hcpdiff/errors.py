@@ -1,6 +1,6 @@
 """Errors that are a user's to mend: one message that names every fault, no traceback, exit code 2."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 class HCPError(Exception):
@@ -56,3 +56,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 _NAMES = {1: "SIGHUP (the terminal was closed)", 2: "Ctrl+C (SIGINT)", 15: "SIGTERM"}
+
+
+def collect(faults: list[str], *checks: Callable[[], object]) -> None:
+    """Runs checks, one after the other, and keeps the faults of each, so that all are told in one message."""
+    for check in checks:
+        try:
+            check()
+        except HCPError as error:
+            faults += error.faults

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from lora_help import SD1, SD2, SDXL, random_lora
 from real_configs import CLIP_G, CLIP_H, CLIP_L, SD15_UNET, SD21_UNET, SDXL_UNET, kohya_targets, meta_clip, meta_unet
 from tiny import make_text_encoder, make_unet
 
@@ -16,17 +17,7 @@ from hcpdiff.checkpoint.metadata import carried
 from hcpdiff.checkpoint.spellings import read_key
 from hcpdiff.errors import CheckpointError
 from hcpdiff.families.unet_names import text_path
-from hcpdiff.families.webui import BY_NAME
 from hcpdiff.lora_tensors import LoraTensors
-
-SD1, SD2, SDXL = BY_NAME["sd1"], BY_NAME["sd2"], BY_NAME["sdxl"]
-
-
-def random_lora(weight_shape, seed, rank=2, alpha=1.0, dtype=torch.float32, scale=0.1):
-    g = torch.Generator().manual_seed(seed)
-    down = torch.randn(rank, *weight_shape[1:], generator=g) * scale
-    up = torch.randn(weight_shape[0], rank, *(1,) * (len(weight_shape) - 2), generator=g) * scale
-    return LoraTensors(down.to(dtype), up.to(dtype), alpha)
 
 
 def lora_for(model, paths, text=False, **options):

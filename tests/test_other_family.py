@@ -11,7 +11,7 @@ from hcpdiff.checkpoint.format import load_lora
 from hcpdiff.config.schema import LoraGroup, ModelConfig
 from hcpdiff.errors import CheckpointError, LayerMatchError
 from hcpdiff.families import detect
-from hcpdiff.lora_tools.base_model import misfits, open_model, version_of
+from hcpdiff.lora_tools.base_model import misfits, open_model
 from hcpdiff.train.init import check_places, start_from_files
 from hcpdiff.trainables.lora import lay_groups
 from hcpdiff.vis import attach
@@ -63,7 +63,7 @@ def test_the_tools_say_the_family_and_not_the_layers(tiny_sd1, tiny_sd2, tiny_sd
     file = load_lora(foreign)
     (line,) = misfits(open_model(str(tiny_sd1), "--base_model"), file.layers, file.metadata)
     assert line.startswith(SAYS)
-    assert [version_of(open_model(str(folder), "x")) for folder in (tiny_sd1, tiny_sd2, tiny_sdxl)] == ["sd_v1", "sd_v2", "sdxl_base_v1-0"]
+    assert [open_model(str(folder), "x").family for folder in (tiny_sd1, tiny_sd2, tiny_sdxl)] == ["sd1", "sd2", "sdxl"]
 
 
 def test_what_is_not_settled_or_of_the_same_family_is_not_called_another(foreign, tmp_path):

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, HCPError
+from ..errors import ConfigError, collect
 from . import clip_text
 from .base import DENOISER, Component, Models, Tokens, component_of, text_components
 from .place import Place, check_vae, load_vae, open_place
@@ -55,12 +55,8 @@ class ClipUnet:
         place = open_place(folder)
         needed = [part for part in (self.parts if parts is None else parts) if not (part == "vae" and vae)]
         faults: list[str] = []
-        for check in (lambda: place.check([*needed, *self._tokenizer_names(), "scheduler"], key), lambda: self._check_numbers(place),
-                      lambda: vae and check_vae(vae, place, keys_for(key).vae)):
-            try:
-                check()
-            except HCPError as error:
-                faults += error.faults
+        collect(faults, lambda: place.check([*needed, *self._tokenizer_names(), "scheduler"], key), lambda: self._check_numbers(place),
+                lambda: vae and check_vae(vae, place, keys_for(key).vae))
         if faults:
             raise ConfigError(faults)
 

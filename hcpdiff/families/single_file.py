@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, HCPError
+from ..errors import ConfigError, HCPError, collect
 from . import file_configs, file_kind
 from .file_configs import TOKENIZER
 from .file_kind import SD2, Kind, Shapes
@@ -108,12 +108,7 @@ class SingleFile:
     def check(self, parts: Sequence[str], key: str = MODEL_KEY) -> None:
         """ConfigError that names parts that the file lacks, names that belong to nothing, and configs that cannot be found from it."""
         faults = self._strangers()
-        checks = [lambda part=part: self._check_part(part, key) for part in parts if part in NEEDED]
-        for check in (*checks, lambda: self._schedule):
-            try:
-                check()
-            except HCPError as error:
-                faults += error.faults
+        collect(faults, *(lambda part=part: self._check_part(part, key) for part in parts if part in NEEDED), lambda: self._schedule)
         if faults:
             raise ConfigError(faults)
 

@@ -137,20 +137,10 @@ def _opened(path: Path) -> WeightFile:
     return file
 
 
-def version_of(model: BaseModel) -> str | None:
-    """A base model version of the family whose layers the model has; None where they are those of none or of several."""
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    for component, path, spot in model.layers():
-        shapes.setdefault(component, {})[path] = spot.shape
-    fitting = [family for family in webui.FAMILIES if shapes and webui.fits_projections(family, shapes)
-               and all(family.webui_base(component, path) for component, named in shapes.items() for path in named)]
-    return fitting[0].version if len(fitting) == 1 else None
-
-
 def misfits(model: BaseModel, layers: Layers, metadata: Mapping[str, str]) -> list[str]:
     """Why the LoRA does not fit the model, a line for each kind of fault, or that it is for another family; empty: every layer has its place and its shape."""
     found = _misfits(model, layers)
-    other = other_family(layers, metadata, version_of(model)) if found else ""
+    other = other_family(layers, metadata, model.family and webui.BY_NAME[model.family].version) if found else ""
     return [other] if other else found
 
 

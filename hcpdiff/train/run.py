@@ -15,7 +15,7 @@ from ..config.schema import RunConfig
 from ..data.dataset import build_train_data
 from ..data.fingerprint import fingerprint as data_fingerprint
 from ..data.plan import Position
-from ..errors import ConfigError, HCPError, Interrupted
+from ..errors import ConfigError, HCPError, Interrupted, collect
 from ..families.base import denoiser_of
 from ..loggers import LoggerGroup
 from ..trainables.lora import lay_groups
@@ -156,8 +156,7 @@ class Run:
             groups = getattr(self.cfg, key)
             if groups:
                 collect(faults, lambda: self.trainables.extend(lay_groups(self.models, key, groups, self.cfg.seed)))
-        for check in (self.base.check_clip_skip, lambda: self.base.objective(self.cfg.train), lambda: check_previews(self.models, self.cfg), self._check_export):
-            collect(faults, check)
+        collect(faults, self.base.check_clip_skip, lambda: self.base.objective(self.cfg.train), lambda: check_previews(self.models, self.cfg), self._check_export)
         if faults:
             raise ConfigError(faults)
         for notice in (*start_from_files(self.cfg.model, self.trainables, self.base.family.base_version(self.models)), *self.base.unread_layers(self.trainables)):
@@ -278,11 +277,3 @@ def worker_lost(error: RuntimeError) -> HCPError | None:
         return None
     return HCPError(f"a process that loads images has ended: {str(error).strip()} Was it killed because the main memory was full? Lower train.workers, or set cache_latents, "
                     f"which needs none. What was saved is whole.")
-
-
-def collect(faults: list[str], check: Callable[[], object]) -> None:
-    """Runs one check and keeps its faults, so that several checks are told in one message."""
-    try:
-        check()
-    except HCPError as error:
-        faults += error.faults
