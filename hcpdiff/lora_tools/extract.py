@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checkpoint.convert import DTYPES, Found, Layers, cast, find_family
 from ..checkpoint.format import COMPONENTS, META_BASE_MODEL, META_BASE_VERSION
 from ..checkpoint.metadata import META_PREDICTION
-from ..errors import CheckpointError, HCPError
+from ..errors import CheckpointError, collect
 from ..families import webui
 from ..families.weight_file import WeightFile
 from ..families.webui import TEXT, UNET
@@ -73,10 +73,7 @@ def run(args: argparse.Namespace) -> int:
 def _open(args: argparse.Namespace) -> tuple[BaseModel, BaseModel]:
     models, faults = [], []
     for option in ("base_model", "tuned_model"):
-        try:
-            models.append(open_model(getattr(args, option), f"--{option}"))
-        except HCPError as error:
-            faults += error.faults
+        collect(faults, lambda: models.append(open_model(getattr(args, option), f"--{option}")))
     if faults:
         raise CheckpointError(faults)
     return models[0], models[1]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from hcpdiff.checkpoint.paths import SUFFIX, StepFiles, beside, locate
 from hcpdiff.checkpoint.safetensors_header import read_header
+from hcpdiff.config.schema import OPEN_METADATA
 from hcpdiff.errors import CheckpointError, HCPError
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 SAVE_DTYPES = ("fp32", "fp16", "bf16")
-OPEN_METADATA = ("ss_", "ssmd_", "modelspec.")
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 
 Source = tuple[str, list[Path]]  # what the user named, and the files that it stands for

@@ -1,5 +1,6 @@
 """The LoRA that a run starts from: `model.init_lora` and `model.init_lora_TE`."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from ..checkpoint.format import LoraFile, load_lora
 from ..checkpoint.paths import StepFiles, locate
 from ..checkpoint.spellings import WEBUI_LDM
 from ..config.schema import ModelConfig
-from ..errors import CheckpointError, ConfigError, HCPError
+from ..errors import CheckpointError, ConfigError, collect
 from ..families.base import DENOISER, TEXT
 from ..trainables.lora import LoraTrainable
 
@@ -56,11 +57,7 @@ def _start(key: str, path: Path, file: LoraFile, own: Mapping[str, LoraTrainable
 def check_places(model: ModelConfig) -> None:
     """CheckpointError for a path or folder in which there is no LoRA file; nothing is read."""
     faults: list[str] = []
-    for key, _, path in _wanted(model):
-        try:
-            _places(key, path)
-        except HCPError as error:
-            faults += error.faults
+    collect(faults, *(functools.partial(_places, key, path) for key, _, path in _wanted(model)))
     if faults:
         raise CheckpointError(faults)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..config.build import build, check_target, locate
-from ..errors import ConfigError, HCPError
+from ..errors import ConfigError, collect
 from ..families.source import load_or_fault, load_whole
 
 LOADER = ".from_pretrained"
@@ -86,10 +86,7 @@ def build_all(specs: Mapping[str, Mapping], allow: Sequence[str]) -> dict:
     for name, spec in specs.items():
         if name == "scheduler":
             continue
-        try:
-            parts[name] = build_part(name, spec, allow)
-        except HCPError as error:
-            faults += error.faults
+        collect(faults, lambda: parts.update({name: build_part(name, spec, allow)}))
     if faults:
         raise ConfigError(faults)
     return parts
