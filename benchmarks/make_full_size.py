@@ -1,4 +1,4 @@
-"""Writes a Stable Diffusion 1.5 of full size with random weights: `python benchmarks/make_full_size.py FOLDER` (2.1 GB, fp16).
+"""Writes a Stable Diffusion 1.5 of full size with random weights: `python benchmarks/make_full_size.py [FOLDER]` (2.1 GB, fp16).
 
 Speed and memory do not depend on what the weights are, so this stands in for the real model where no hub is reached.
 """
@@ -10,7 +10,20 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-TOKENIZER = Path(__file__).parents[1] / "hcpdiff" / "assets" / "clip_tokenizer"
+ROOT = Path(__file__).parents[1]
+TOKENIZER = ROOT / "hcpdiff" / "assets" / "clip_tokenizer"
+FOLDER = ROOT / "build" / "sd15-random"
+
+
+def make_once(folder: Path) -> Path:
+    """The folder, made where it is not there."""
+    if not (folder / "model_index.json").is_file():  # written last
+        dtype = torch.get_default_dtype()
+        try:
+            main(folder)
+        finally:
+            torch.set_default_dtype(dtype)
+    return folder
 
 
 def main(folder: Path) -> None:
@@ -26,4 +39,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]) if sys.argv[1:] else FOLDER)

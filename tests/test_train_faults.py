@@ -1,14 +1,19 @@
-"""Wrong input at the training command line: exit code 2, one message that names it, no traceback, nothing half-written."""
+"""Wrong input at the training command line: exit code 2, one message that names it, no traceback, nothing half-written.
 
+The command runs in this process (a Python of its own takes five seconds to import torch); tests/test_cli.py and test_guide.py start it as users do.
+"""
+
+import contextlib
+import io
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+
+from hcpdiff import cli, train_ac_single
 
 CONFIG = """
 train: {{train_steps: 2, cpu_threads: 1}}
@@ -24,7 +29,10 @@ data:
 
 
 @pytest.fixture
-def place(tmp_path, tiny_sd1):
+def place(tmp_path, tiny_sd1, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / "images").mkdir()
     for i in range(3):
         Image.new("RGB", (64, 64), (80 * i, 90, 30)).save(tmp_path / "images" / f"{i}.png")
@@ -36,12 +44,15 @@ def place(tmp_path, tiny_sd1):
 def refuse(place: Path, *arguments: str) -> str:
     """Runs the command, expects refusal, and returns the message."""
     before = {path for path in place.rglob("*")}
-    done = subprocess.run([sys.executable, "-m", "hcpdiff.train_ac_single", "--cfg", "cfg.yaml", *arguments], cwd=place, capture_output=True, text=True, encoding="utf-8", timeout=300)
-    assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "Traceback" not in done.stdout + done.stderr and done.stderr.count("error:") == 1
+    out, told = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(told), pytest.raises(SystemExit) as ended:
+        cli.run(train_ac_single.main, train_ac_single.parser, ["--cfg", "cfg.yaml", *arguments])
+    out, told = out.getvalue(), told.getvalue()
+    assert ended.value.code == 2, out[-2000:] + told[-2000:]
+    assert "Traceback" not in out + told and told.count("error:") == 1
     new = {path for path in place.rglob("*")} - before
     assert not {path for path in new if path.name != "exps"}, new
-    return done.stderr
+    return told
 
 
 def write(place: Path, old: str, new: str) -> None:

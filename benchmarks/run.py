@@ -1,0 +1,89 @@
+"""Every benchmark, one after the other, and one table of all their figures.
+
+    python benchmarks/run.py                          # on this CPU; about an hour on two cores
+    python benchmarks/run.py --device cuda            # the same figures on a GPU, and those that only a GPU has
+    python benchmarks/run.py --only step loop --rounds 3
+    python benchmarks/run.py --write                  # also puts the table into docs/performance.md, under the machine's name
+
+Each figure is a ratio against a named reference in the same run: pairs in turn, median and range. Nothing else should run on the machine.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from common import COLUMNS, ROOT, Figure, read
+
+HERE = Path(__file__).parent
+PAGE = ROOT / "docs" / "performance.md"
+
+# name -> command lines, on a CPU and on a GPU
+CPU = {
+    "step": ["step.py --pixels 512 --ways floor loop hooks ours --rounds 5", "step.py --pixels 512 --batch 4 --ways floor loop ours --rounds 3",
+             "step.py --pixels 256 --ways floor loop example ours --rounds 5"],
+    "loop": ["loop.py --pixels 256"],
+}
+CUDA = {
+    "step": [f"step.py --family {family} --pixels {pixels} --batch {batch} --dtype bf16 --ways floor loop hooks ours --rounds 7{more}"
+             for family, pixels in (("sd1", 512), ("sdxl", 1024)) for batch in (1, 8) for more in ("", " --compile")],
+    "loop": ["loop.py --pixels 512 --batch 1", "loop.py --pixels 512 --batch 8"],
+}
+
+
+def run(command: str, args: argparse.Namespace, place: Path) -> tuple[str, list[Figure]]:
+    """(hardware, figures) of one command line, in a process of its own; what it prints goes on."""
+    script, *options = command.split()
+    if args.rounds:
+        options = re.sub(r" --rounds \d+", "", " " + " ".join(options)).split() + ["--rounds", str(args.rounds)]
+    more = ["--device", args.device, "--json", str(place), *(["--threads", str(args.threads)] if args.threads else [])]
+    print(f"\n== {command}", flush=True)
+    place.unlink(missing_ok=True)
+    if subprocess.run([sys.executable, str(HERE / script), *options, *more], cwd=ROOT).returncode or not place.is_file():
+        sys.exit(f"error: {command} failed")
+    return read(place)
+
+
+def markdown(hardware: str, figures: list[Figure]) -> str:
+    """The table for the page."""
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *(figure.cells() for figure in figures)]
+    return f"### {hardware}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def write(name: str, text: str) -> None:
+    """Replaces what the page has between the marks of this name."""
+    begin, end = f"<!-- measured: {name} -->", f"<!-- end: {name} -->"
+    page = PAGE.read_text("utf-8")
+    if begin not in page:
+        sys.exit(f"error: {PAGE} has no line {begin}")
+    before, _, rest = page.partition(begin)
+    PAGE.write_text(f"{before}{begin}\n{text}{end}{rest.partition(end)[2]}", "utf-8")
+
+
+def main() -> None:
+    """Runs them all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--only", nargs="+", choices=CPU | CUDA, metavar="NAME", help=f"some of {', '.join(CPU | CUDA)}")
+    parser.add_argument("--rounds", type=int, help="pairs of each figure, in the place of each one's own number")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
+    args = parser.parse_args()
+    figures, hardware = [], ""
+    commands = CPU if args.device == "cpu" else CUDA
+    with tempfile.TemporaryDirectory() as place:
+        for command in [command for name in args.only or commands for command in commands.get(name, [])]:
+            hardware, found = run(command, args, Path(place) / "figures.json")
+            figures += found
+    table = markdown(hardware, figures)
+    print(f"\n{table}")
+    if args.write:
+        write(args.device, table)
+    missed = [figure.what for figure in figures if figure.verdict == "missed"]
+    print(f"{len(figures)} figures, {len(missed)} miss their goal{': ' + '; '.join(missed) if missed else ''}")
+
+
+if __name__ == "__main__":
+    main()
