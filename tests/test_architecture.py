@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / "hcpdiff"
 FLOORS = [
     {"errors", "randomness", "quiet", "assets"},
     {"lora_tensors"},
-    {"cli", "config", "adapters", "diffusion", "data", "device", "checkpoint.io", "checkpoint.format", "checkpoint.safetensors_header", "loss"},
+    {"cli", "config", "adapters", "diffusion", "data", "device", "checkpoint.io", "checkpoint.format", "checkpoint.safetensors_header", "loss", "quantized"},
     {"families", "trainables", "checkpoint", "loggers"},
     {"train", "vis", "lora_tools"},
     {"train_ac", "train_ac_single", "visualizer", "tools"},

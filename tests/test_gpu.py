@@ -6,9 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_quantized import BOTH, LAYERS, pair, ways
 from test_step_reference import Setup, make_batch
+from tiny import make_unet
 
 from hcpdiff import device as machine
+from hcpdiff.quantized import Plan, Quantized, stored_bytes
 from hcpdiff.train.optim import Gradients, optimizer_groups
 from hcpdiff.train.signals import StopRequest
 from hcpdiff.train.trainer import Hook, Trainer
@@ -96,3 +99,41 @@ def test_what_the_host_learns_late_is_what_it_learns_at_once(make):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     states = [[state["step"] for state in trainer.optimizer.state.values() if "step" in state] for trainer in (late, once)]
     assert [float(step) for step in states[0]] == [float(step) for step in states[1]]
+
+
+@BOTH
+def test_a_quantized_weight_has_the_same_numbers_on_the_gpu(code):
+    weight = torch.randn(96, 128)
+    here, there = (Quantized.of(weight.to(device), code, torch.float32) for device in ("cpu", "cuda"))
+    assert torch.equal(here.codes, there.codes.cpu()) and torch.equal(here.dense(), here.to("cuda").dense().cpu())
+    torch.testing.assert_close(there.dense().cpu(), here.dense(), rtol=1e-6, atol=0)
+
+
+@BOTH
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lora_on_a_quantized_layer_is_that_on_the_dense_one_and_waits_for_nothing(name, code, dtype):
+    layer, dense, x = pair(name, code, dtype, 4)
+    x = x.detach().cuda().requires_grad_()
+    layer.cuda(), dense.cuda()
+    expected = ways(dense, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = ways(layer, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("choice,most", [("int8", 0.56), ("nf4", 0.5)])
+def test_a_quantized_model_takes_so_much_of_the_gpu(choice, most):
+    unet = make_unet(widths=(128, 256, 256, 256)).requires_grad_(False).to(torch.bfloat16)
+    dense = stored_bytes(unet)
+    Plan(choice, ["conv_in", "conv_out"]).apply(unet)
+    before = torch.cuda.memory_allocated()
+    unet.cuda()
+    assert stored_bytes(unet) <= most * dense and torch.cuda.memory_allocated() - before <= stored_bytes(unet) + 512 * 3 * len(list(unet.parameters()))  # rounded up to 512
+    x, t, hidden = torch.randn(1, 4, 8, 8).cuda().bfloat16(), torch.tensor([500]).cuda(), torch.randn(1, 7, 32).cuda().bfloat16()
+    unet(x.requires_grad_(), t, hidden).sample.float().square().sum().backward()
+    assert x.grad.isfinite().all() and torch.cuda.memory_allocated() - before < 0.75 * dense

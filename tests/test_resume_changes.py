@@ -199,7 +199,7 @@ def test_every_key_of_the_config_is_noted_refused_or_of_no_matter(place):
     source = "data.one.source.a."
     bucket = "data.one.bucket."
     assert kinds["refused"] == {
-        "seed", "model.tokenizer_repeats", "model.clip_skip", "model.prediction_type", "model.noise_scheduler", "data.one.batch_size",
+        "seed", "model.tokenizer_repeats", "model.clip_skip", "model.prediction_type", "model.noise_scheduler", "model.quantize", "data.one.batch_size",
         *(bucket + key for key in ("target_area", "num_bucket", "step_size", "sizes", "no_upscale", "crop", "crop_variants")),
         *(source + key for key in ("word_names.pt1", "repeats", "tag_shuffle", "keep_tokens", "tag_dropout", "caption_dropout", "prompt_dropout", "flip", "bg_color"))}
 

@@ -106,6 +106,7 @@ class Family(Protocol):
     name: str
     pipeline: str
     components: tuple[Component, ...]
+    dense: tuple[str, ...]  # layers of the denoiser that all it takes in and gives out goes through: they are never kept in few bits
 
     def load(self, folder: Path | Place, name: str, parts: Sequence[str] | None, dtype: torch.dtype, vae: str | None = None, variant: str | None = None,
              key: str = ...) -> Models:

@@ -25,6 +25,7 @@ class ClipUnet:
     pipeline: ClassVar[str]  # diffusers' class, as model_index.json names it
     components: ClassVar[tuple[Component, ...]]
     text_kinds: ClassVar[Mapping[str, str]]  # text encoder -> its class in transformers
+    dense: ClassVar[tuple[str, ...]] = ("conv_in", "conv_out")
 
     @property
     def parts(self) -> tuple[str, ...]:

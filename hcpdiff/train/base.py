@@ -15,6 +15,7 @@ from ..families import detect
 from ..families.base import TEXT, Models, denoiser_of, fingerprint
 from ..families.place import open_place
 from ..families.source import resolve
+from ..quantized import Plan
 
 NO_SIGNAL = 1e-6  # alphas_cumprod of a last step that holds noise alone; of SD's usual schedule it is 0.0047
 
@@ -39,9 +40,16 @@ class BaseModel:
     def load(self, dtype: torch.dtype, allow: Sequence[str]) -> Models:
         """Reads every part; `marks` hold part -> digest of its weights from then on."""
         self.models = self.family.load(self.place, self._name(), None, dtype, self.config.vae, self.config.variant)
+        if self.quantization:
+            self.quantization.apply(self.models.modules[denoiser_of(self.family).name])
         self._set_scheduler(allow)
         self.marks = {component.name: self.place.mark(component.name) for component in self.family.components} | {"vae": fingerprint(self.models.vae)}
         return self.models
+
+    @property
+    def quantization(self) -> Plan | None:
+        """How the denoiser's weights are kept in few bits, where the config says so."""
+        return Plan(self.config.quantize, self.family.dense) if self.config.quantize else None
 
     def _name(self) -> str:
         """What files call it: no local path."""

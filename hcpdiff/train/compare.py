@@ -10,10 +10,11 @@ from ..data.fingerprint import changes as data_changes
 # Keys of the config whose change makes another run: what is trained, and on what. Layers and ranks are compared as they are, not by their patterns.
 DECISIVE = re.compile(r"""
     seed
-    | model\.(tokenizer_repeats | clip_skip | prediction_type | noise_scheduler) \b.*
+    | model\.(tokenizer_repeats | clip_skip | prediction_type | noise_scheduler | quantize) \b.*
     | data\.[^.]+\.(batch_size | bucket\b.*)
     | data\.[^.]+\.source\.[^.]+\.(word_names\b.* | repeats | tag_shuffle | keep_tokens | tag_dropout | caption_dropout | prompt_dropout | flip | bg_color)
 """, re.VERBOSE)
+UNKNOWN = {"model.quantize": None}  # keys that states of before they came do not have, and what was so then
 LEARNT = {"prediction": "what the base model predicts", "schedule": "the noise schedule (digest)"}
 NO_MATTER = re.compile(r"exp_dir | train\.resume | train\.resume_force", re.VERBOSE)
 
@@ -40,7 +41,7 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     other = [path for path, alpha in now["alphas"].items() if saved["alphas"].get(path, alpha) != alpha]
     if other:
         found.refused.append(f"alpha of {len(other)} LoRA layers, such as {other[0]}: {saved['alphas'][other[0]]:g} before, {now['alphas'][other[0]]:g} now")
-    _config(flat(saved["config"]), flat(now["config"]), found)
+    _config(UNKNOWN | flat(saved["config"]), UNKNOWN | flat(now["config"]), found)
     rest = {key: value for key, value in saved.items() if key in ("versions", "device")}, {key: value for key, value in now.items() if key in ("versions", "device")}
     found.notes += [line for _, line in _differing(flat(rest[0]), flat(rest[1]))]
     return found

@@ -11,6 +11,7 @@ from rich.text import Text
 from .. import __version__
 from .. import device as machine
 from ..config.schema import RunConfig
+from ..families.base import denoiser_of
 from ..loggers import Logger
 from .base import BaseModel
 from .parallel import Parallel
@@ -33,10 +34,19 @@ def run_facts(cfg: RunConfig, base: BaseModel, parallel: Parallel, precision: st
     return {
         "versions": ", ".join(f"{name} {version}" for name, version in versions(train.optimizer["_target_"]).items()),
         "device": f"{machine.describe(parallel.device)}; {world} process{'es' if world > 1 else ''}",
-        "precision": precision, "base model": f"{base.models.name} ({base.family.base_version(base.models)}, predicts {base.prediction})", "seed": cfg.seed,
+        "precision": precision, "base model": f"{base.models.name} ({base.family.base_version(base.models)}, predicts {base.prediction}){_kept(base)}", "seed": cfg.seed,
         "images per step": f"{batch * world * train.gradient_accumulation_steps} (batch {batch}, processes {world}, accumulation {train.gradient_accumulation_steps})",
         "length": length, "optimizer": f"{train.optimizer['_target_']}, {train.lr_scheduler['_target_'] if train.lr_scheduler else train.scheduler.name}",
     }
+
+
+def _kept(base: BaseModel) -> str:
+    """In how few bits the frozen weights are kept, and what that takes."""
+    if not base.quantization:
+        return ""
+    part = denoiser_of(base.family).name
+    kept, dense = (size / 2**20 for size in base.quantization.bytes(base.models.modules[part]))
+    return f", {part} kept as {base.config.quantize}: {kept:.0f} MiB instead of {dense:.0f}"
 
 
 def facts_table(title: str, facts: Mapping[str, object]) -> Table:

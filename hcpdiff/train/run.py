@@ -252,7 +252,8 @@ class Run:
 
     def _metadata(self) -> dict[str, str]:
         train = {key: value for key, value in self.loaded.plain["train"].items() if key not in ("resume", "resume_force", "export")}  # a resumed run writes the same files
-        settings = {"seed": self.cfg.seed, "train": train, **{t.key: self.loaded.plain[t.key] for t in self.trainables}}
+        settings = {"seed": self.cfg.seed, "train": train, **({"quantize": self.cfg.model.quantize} if self.cfg.model.quantize else {}),
+                    **{t.key: self.loaded.plain[t.key] for t in self.trainables}}
         return {"family": self.base.family.name, "base_version": self.base.family.base_version(self.models), "base_model": self.models.name,
                 "prediction_type": self.base.prediction, "base_mark": self.base.marks[denoiser_of(self.base.family).name], "versions": json.dumps(report.versions()),
                 "settings": json.dumps(settings)}

@@ -1,0 +1,100 @@
+"""A frozen weight that is kept in few bits and looks like a dense one."""
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+from .codes import decode, encode
+
+aten = torch.ops.aten
+NAMES = ("codes", "scales", "pairs")  # of the parts
+
+
+class Quantized(Tensor):
+    """`shape` and `dtype` are those of the weight that it stands for; every operation on it gets the dense weight, which lives as long as the operation.
+
+    What autograd or a checkpoint keeps is this tensor, not the dense one, so the backward pass makes it dense again. Turned about (`t`) or laid out in another
+    shape (`flatten`) it stays in few bits. It cannot be written to and has no gradient.
+    """
+
+    @staticmethod
+    def __new__(cls, parts, code, shape, dtype, turned=False):
+        size, strides = torch.Size(shape), torch.empty(shape, device="meta").stride()
+        if turned:
+            size, strides = size[::-1], strides[::-1]
+        return Tensor._make_wrapper_subclass(cls, size, strides=strides, dtype=dtype, device=parts[0].device, requires_grad=False)
+
+    def __init__(self, parts: tuple[Tensor, ...], code: str, shape: tuple[int, ...], dtype: torch.dtype, turned: bool = False):
+        self.code, self.own_shape, self.turned = code, tuple(shape), turned
+        for name, part in zip(NAMES, parts):
+            setattr(self, name, part)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def of(cls, weight: Tensor, code: str, dtype: torch.dtype) -> "Quantized":
+        """A weight (its size a multiple of 64) kept as `code`; it comes back in `dtype`."""
+        return cls(encode(weight, code), code, weight.shape, dtype)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors that are kept."""
+        return tuple(getattr(self, name) for name in NAMES if hasattr(self, name))
+
+    def dense(self) -> Tensor:
+        """The weight, new."""
+        weight = decode(self.parts, self.code, self.dtype).reshape(self.own_shape)
+        return weight.t() if self.turned else weight
+
+    def __repr__(self) -> str:
+        return f"Quantized({self.code}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple]:
+        return [name for name in NAMES if hasattr(self, name)], (self.code, self.own_shape, self.dtype, self.turned)
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts, facts, size, stride) -> "Quantized":
+        return cls(tuple(parts[name] for name in NAMES if name in parts), *facts)
+
+    def _like(self, change=lambda part: part, shape=None, dtype=None, turned=None) -> "Quantized":
+        return Quantized(tuple(change(part) for part in self.parts), self.code, self.own_shape if shape is None else shape, dtype or self.dtype,
+                         self.turned if turned is None else turned)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        made = _kept(func, args, kwargs)
+        if made is not None:
+            return return_and_correct_aliasing(func, args, kwargs, made)
+        if any(isinstance(arg, cls) and info.alias_info is not None and info.alias_info.is_write for arg, info in zip(args, func._schema.arguments)):
+            raise TypeError(f"{func}: a quantized weight is frozen and cannot be written to")
+        return func(*map(_dense, args), **{name: _dense(value) for name, value in kwargs.items()})
+
+
+def _dense(value):
+    return value.dense() if isinstance(value, Quantized) else value
+
+
+def _kept(func, args, kwargs) -> Quantized | None:
+    """The result in few bits, of operations that leave the numbers as they are; None for all others."""
+    own = args[0] if args else None
+    if not isinstance(own, Quantized):
+        return None
+    if func in (aten.detach.default, aten.alias.default):
+        return own._like()
+    if func is aten.clone.default:
+        return own._like(torch.clone)
+    if func is aten.t.default and own.dim() == 2:
+        return own._like(turned=not own.turned)
+    if func in (aten.view.default, aten._unsafe_view.default) and not own.turned:
+        return own._like(shape=_sizes(own, args[1]))
+    if func is aten._to_copy.default:
+        place = {name: value for name, value in kwargs.items() if name in ("device", "non_blocking") and value is not None}
+        return own._like(lambda part: part.to(copy=True, **place), dtype=kwargs.get("dtype"))
+    return None
+
+
+def _sizes(own: Quantized, sizes) -> tuple[int, ...]:
+    known = [size for size in sizes if size != -1]
+    rest = own.numel() // max(1, torch.Size(known).numel())
+    return tuple(rest if size == -1 else size for size in sizes)
