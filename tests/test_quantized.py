@@ -124,7 +124,8 @@ def test_a_compiled_layer_is_the_layer(code):
 
 
 def test_first_and_last_layers_small_ones_and_all_that_is_no_matrix_stay_dense():
-    unet = make_unet(widths=(32, 64, 64, 64))
+    unet = make_unet(widths=(128, 64, 64, 64))
+    assert {"conv_in.weight", "conv_out.weight"} < Plan("nf4").codes(unet).keys()
     plan = Plan("nf4", ["conv_in", "conv_out"])
     codes = plan.codes(unet)
     assert not {"conv_in.weight", "conv_out.weight"} & codes.keys() and all(name.endswith(".weight") and "norm" not in name for name in codes)

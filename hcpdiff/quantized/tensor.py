@@ -1,5 +1,7 @@
 """A frozen weight that is kept in few bits and looks like a dense one."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -19,13 +21,14 @@ class Quantized(Tensor):
 
     @staticmethod
     def __new__(cls, parts, code, shape, dtype, turned=False):
-        size, strides = torch.Size(shape), torch.empty(shape, device="meta").stride()
+        size, strides = tuple(shape), tuple(math.prod(shape[place + 1 :]) for place in range(len(shape)))
         if turned:
             size, strides = size[::-1], strides[::-1]
         return Tensor._make_wrapper_subclass(cls, size, strides=strides, dtype=dtype, device=parts[0].device, requires_grad=False)
 
     def __init__(self, parts: tuple[Tensor, ...], code: str, shape: tuple[int, ...], dtype: torch.dtype, turned: bool = False):
         self.code, self.own_shape, self.turned = code, tuple(shape), turned
+        self.names = NAMES[: len(parts)]
         for name, part in zip(NAMES, parts):
             setattr(self, name, part)
 
@@ -39,7 +42,7 @@ class Quantized(Tensor):
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """The tensors that are kept."""
-        return tuple(getattr(self, name) for name in NAMES if hasattr(self, name))
+        return tuple([getattr(self, name) for name in self.names])
 
     def dense(self) -> Tensor:
         """The weight, new."""
@@ -50,7 +53,7 @@ class Quantized(Tensor):
         return f"Quantized({self.code}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple]:
-        return [name for name in NAMES if hasattr(self, name)], (self.code, self.own_shape, self.dtype, self.turned)
+        return list(self.names), (self.code, self.own_shape, self.dtype, self.turned)
 
     @classmethod
     def __tensor_unflatten__(cls, parts, facts, size, stride) -> "Quantized":
@@ -63,38 +66,39 @@ class Quantized(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        made = _kept(func, args, kwargs)
+        keep = KEPT.get(func)
+        made = keep(*args, **kwargs) if keep and isinstance(args[0], Quantized) else None
         if made is not None:
             return return_and_correct_aliasing(func, args, kwargs, made)
-        if any(isinstance(arg, cls) and info.alias_info is not None and info.alias_info.is_write for arg, info in zip(args, func._schema.arguments)):
+        if func._schema.is_mutable and _writes(func, args):
             raise TypeError(f"{func}: a quantized weight is frozen and cannot be written to")
-        return func(*map(_dense, args), **{name: _dense(value) for name, value in kwargs.items()})
+        return func(*[_dense(arg) for arg in args], **{name: _dense(value) for name, value in kwargs.items()})
 
 
 def _dense(value):
     return value.dense() if isinstance(value, Quantized) else value
 
 
-def _kept(func, args, kwargs) -> Quantized | None:
-    """The result in few bits, of operations that leave the numbers as they are; None for all others."""
-    own = args[0] if args else None
-    if not isinstance(own, Quantized):
+def _writes(func, args) -> bool:
+    """Whether an operation would change a quantized argument."""
+    return any(isinstance(arg, Quantized) and info.alias_info is not None and info.alias_info.is_write for arg, info in zip(args, func._schema.arguments))
+
+
+def _turn(own: Quantized) -> Quantized | None:
+    return own._like(turned=not own.turned) if own.dim() == 2 else None
+
+
+def _view(own: Quantized, sizes) -> Quantized | None:
+    if own.turned:
         return None
-    if func in (aten.detach.default, aten.alias.default):
-        return own._like()
-    if func is aten.clone.default:
-        return own._like(torch.clone)
-    if func is aten.t.default and own.dim() == 2:
-        return own._like(turned=not own.turned)
-    if func in (aten.view.default, aten._unsafe_view.default) and not own.turned:
-        return own._like(shape=_sizes(own, args[1]))
-    if func is aten._to_copy.default:
-        place = {name: value for name, value in kwargs.items() if name in ("device", "non_blocking") and value is not None}
-        return own._like(lambda part: part.to(copy=True, **place), dtype=kwargs.get("dtype"))
-    return None
+    rest = own.numel() // max(1, math.prod(size for size in sizes if size != -1))
+    return own._like(shape=tuple(rest if size == -1 else size for size in sizes))
 
 
-def _sizes(own: Quantized, sizes) -> tuple[int, ...]:
-    known = [size for size in sizes if size != -1]
-    rest = own.numel() // max(1, torch.Size(known).numel())
-    return tuple(rest if size == -1 else size for size in sizes)
+def _to(own: Quantized, dtype=None, device=None, non_blocking=False, **layout) -> Quantized:
+    return own._like(lambda part: part.to(device or part.device, non_blocking=non_blocking, copy=True), dtype=dtype)
+
+
+# Operations that leave the numbers as they are, and what makes their result in few bits (None: this one is made dense after all).
+KEPT = {aten.detach.default: Quantized._like, aten.alias.default: Quantized._like, aten.clone.default: lambda own, **layout: own._like(torch.clone),
+        aten.t.default: _turn, aten.view.default: _view, aten._unsafe_view.default: _view, aten._to_copy.default: _to}
