@@ -5,6 +5,7 @@ import os
 import torch
 
 from .errors import ConfigError
+from .threads import usable_cores
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "no": torch.float32}
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -38,11 +39,6 @@ def describe(device: torch.device) -> str:
     if device.type == "cpu":
         return f"cpu ({usable_cores()} cores, {torch.get_num_threads()} threads)"
     return str(device)
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def set_threads(choice: int | str, processes: int = 1) -> int:

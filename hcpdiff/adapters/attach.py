@@ -1,4 +1,4 @@
-"""LoRA files on a model, for drawing: the factors stay beside the base weight, so that no half-precision weight rounds them away."""
+"""LoRA files on a model, for drawing: beside the base weight, so that no half-precision weight rounds them away, or folded into an fp32 one."""
 
 import difflib
 import math
@@ -14,8 +14,10 @@ from .lora import Lora
 from .select import ADAPTABLE
 
 
-def attach_lora(model: nn.Module, layers: Mapping[str, Sequence[tuple[LoraTensors, float]]], where: str) -> int:
+def attach_lora(model: nn.Module, layers: Mapping[str, Sequence[tuple[LoraTensors, float]]], where: str, fold: bool = False) -> int:
     """Lays (tensors, strength) pairs beside the layers of `model`; several on one layer add up exactly. Returns the number of layers.
+
+    fold: where the weight is fp32 the sum goes into it instead, for good: a picture then costs what it costs without a LoRA.
 
     Paths of text encoders match with and without `text_model.`. A path or shape that the model does not have raises LayerMatchError,
     all of them at once, and leaves the model as it was.
@@ -34,8 +36,23 @@ def attach_lora(model: nn.Module, layers: Mapping[str, Sequence[tuple[LoraTensor
     if faults:
         raise LayerMatchError(_few([line for _, line in faults], len(layers)))
     for name, parts in resolved.items():
-        put(modules[name], Lora.of(modules[name], concatenate(parts)).requires_grad_(False).eval())
+        lora = Lora.of(modules[name], concatenate(parts)).requires_grad_(False).eval()
+        if fold and _plain_fp32(modules[name].weight):
+            _fold(modules[name], lora)
+        else:
+            put(modules[name], lora)
     return len(resolved)
+
+
+def _plain_fp32(weight: torch.Tensor) -> bool:
+    """Whether a weight can take a small change in: not half precision, and no quantised tensor that calls itself fp32."""
+    return weight.dtype == torch.float32 and type(weight.data) is torch.Tensor
+
+
+@torch.no_grad()
+def _fold(layer: nn.Module, lora: Lora) -> None:
+    """A new weight rather than the old one changed: that may be a file's pages, or shared."""
+    layer.weight = nn.Parameter(lora.merged(layer.weight, None)[0], requires_grad=False)
 
 
 def resolve_path(path: str, modules: Mapping[str, nn.Module]) -> str | None:

@@ -1,6 +1,5 @@
 """All training data of a run: indexed, checked, bucketed, planned; then cached and served as batches."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,9 +7,11 @@ import numpy as np
 import torch
 
 from ..errors import DataError
+from ..threads import usable_cores
 from . import report as reports
 from .bucket import Buckets, fixed_buckets, ratio_buckets
-from .latent_cache import DiskStore, Encode, Entry, Exchange, MemoryStore, decoded_before
+from .encoding import Encode, Entry
+from .latent_cache import DiskStore, Exchange, MemoryStore, decoded_before
 from .loader import StepBatches, step_batches
 from .plan import DatasetPlan, MicroBatch, Plan, Position, Step
 from .sample import Batch, BatchMaker, TrainDataset, to_unit
@@ -119,8 +120,7 @@ class TrainData:
     def _worker_count(self, workers: int | str) -> int:
         if all(data.cache != "none" for data in self.datasets):
             return 0  # a thread is enough to draw noise
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(4, max(1, cores - 1)) if workers == "auto" else int(workers)
+        return min(4, max(1, usable_cores() - 1)) if workers == "auto" else int(workers)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -1,18 +1,17 @@
 """Latents encoded once and kept: in memory, or on disk under keys made of content (see pack.py for the files).
 
 An entry is what one view of one image encodes to: {"mean": (C,h,w), "std": (C,h,w)} of the VAE's posterior in the dtype that `encode` returns, and
-{"mask": (h,w) fp32} where the source has loss masks. Images are encoded one by one, so that an entry never depends on what was encoded beside it.
+{"mask": (h,w) fp32} where the source has loss masks. Images are encoded one by one, so that an entry never depends on what was encoded beside it. Around
+the VAE images are decoded ahead, by threads that give way to it, and entries are checked and stored behind it.
 """
 
 import errno
 import hashlib
 import io
 import json
-import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,22 +19,23 @@ from typing import Any
 import numpy as np
 import PIL
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from ..errors import DataError
+from ..threads import behind, prepared
+from .encoding import Encode, Encoding, Entry
 from .files import shown
 from .hashes import Content, HashMemo, read_content
 from .image import PIXELS_VERSION, View
 from .pack import FORMAT, PackFolder, PackWriter
-from .sample import TrainDataset, load_views, stack_pixels
+from .sample import TrainDataset, load_views
 from .source import reason
 
-Entry = dict[str, Tensor]
-Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # (1,3,H,W) fp32 in [-1,1] -> mean, std (1,C,h,w)
+Loaded = list[tuple[np.ndarray, np.ndarray | None]]  # pixels and mask of each view
 Exchange = Callable[[Any], list[Any]]  # one object of every rank, in rank order (torch.distributed.all_gather_object)
 Tick = Callable[[int], None]  # told how many images were done
+_THREADS = 16  # that decode; each with a large photograph takes some 100 MB
+_BEHIND = 2  # images encoded and not yet stored
 _ROUND = 64  # images that a rank encodes between two exchanges
 _HASHES = "hashes-1.bin"
 _LOOK_SECONDS = 5.0  # how often to look for what other processes have put into the cache
@@ -57,10 +57,7 @@ class MemoryStore:
         images = [image for image in range(len(self.data)) if (image, 0) not in self.entries]
         faults = Faults()
         for share in rounds(images, rank, world if exchange else 1):
-            made = {}
-            for image, views in self._encoded(share, encode, faults):
-                made.update({(image, number): entry for number, entry in enumerate(views)})
-                tick(1)
+            made = self._made(share, encode, faults, tick)
             for part, others in exchange((made, faults)) if exchange else [(made, faults)]:
                 self.entries.update(part)
                 faults.add(others)
@@ -68,17 +65,31 @@ class MemoryStore:
                 break
         faults.check()
 
-    def _encoded(self, images: Sequence[int], encode: Encode, faults: "Faults") -> Iterator[tuple[int, list[Entry]]]:
-        for image, loaded in in_threads(self._load, images):
-            if isinstance(loaded, DataError):
-                faults.images += loaded.faults
-                continue
-            try:
-                yield image, [make_entry(self.data, image, rgb, mask, encode) for rgb, mask in loaded]
-            except DataError as error:
-                faults.others += error.faults
+    def _made(self, images: Sequence[int], encode: Encode, faults: "Faults", tick: Tick) -> dict[tuple[int, int], Entry]:
+        def begun() -> Iterator[tuple[int, list[Encoding]]]:
+            for image, loaded in prepared(self._load, images, _THREADS):
+                if isinstance(loaded, DataError):
+                    faults.images += loaded.faults
+                else:
+                    yield image, [Encoding(name_of(self.data, image), rgb, mask, encode) for rgb, mask in loaded]
 
-    def _load(self, image: int) -> list[tuple[np.ndarray, np.ndarray | None]] | DataError:
+        def finish(item: tuple[int, list[Encoding]]) -> tuple[int, list[Entry] | DataError]:
+            try:
+                return item[0], [view.entry() for view in item[1]]
+            except DataError as error:
+                return item[0], error
+
+        made = {}
+        with closing(behind(begun(), finish, _BEHIND)) as done:
+            for image, views in done:
+                if isinstance(views, DataError):
+                    faults.others += views.faults
+                else:
+                    made.update({(image, number): entry for number, entry in enumerate(views)})
+                    tick(1)
+        return made
+
+    def _load(self, image: int) -> Loaded | DataError:
         try:
             return load_views(self.data, image, self.data.views(image), self.factor)
         except DataError as error:
@@ -113,26 +124,9 @@ class Faults:
             raise DataError(images[:len(self.images)] + self.others)
 
 
-def make_entry(data: TrainDataset, image: int, rgb: np.ndarray, mask: np.ndarray | None, encode: Encode) -> Entry:
-    """Encode one view -> its entry on the CPU. Non-finite latents are an error that names the image."""
-    mean, std = (part[0].detach().to("cpu", copy=True).contiguous() for part in encode(stack_pixels([rgb])))
-    if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
-        raise DataError(f"{data.name}/{data.image_id(image)}: the VAE's latents are not finite; run it in fp32 (mixed_precision: fp32) or use another VAE")
-    return {"mean": mean, "std": std} if mask is None else {"mean": mean, "std": std, "mask": torch.from_numpy(mask)}
-
-
-def in_threads(work: Callable[[int], Any], items: Sequence[int], most: int | None = None) -> Iterator[tuple[int, Any]]:
-    """(item, work(item)) in order, a few made ahead."""
-    threads = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque = deque()
-        for item in items:
-            waiting.append((item, pool.submit(work, item)))
-            if len(waiting) > (most or 2 * threads):
-                done, future = waiting.popleft()
-                yield done, future.result()
-        for done, future in waiting:
-            yield done, future.result()
+def name_of(data: TrainDataset, image: int) -> str:
+    """What an image is called in messages."""
+    return f"{data.name}/{data.image_id(image)}"
 
 
 def entry_key(image: bytes, mask: bytes | None, view: View, background: Sequence[int], vae_id: str) -> bytes:
@@ -154,6 +148,7 @@ class DiskStore:
         self.memo = HashMemo(Path(folder) / _HASHES)
         self.digests: dict[int, Digests] = {}
         self.encoded = 0  # images encoded by this process, for tests and the log
+        self._begun: set[bytes] = set()  # keys that this process is at or has made, while filling
         self._looked = time.monotonic()
 
     def keys(self, image: int) -> list[bytes]:
@@ -195,18 +190,18 @@ class DiskStore:
             self.memo.save()
             faults.check()
             self.packs.refresh()
+            self._begun.clear()
             absent = [image for image in images if any(key not in self.packs for key in self.keys(image))]
             self._fill(absent, encode, writer, faults, lambda count: None, publish=True)  # only where ranks do not share a file system
         faults.check()
+        self._begun.clear()
         self.packs.touch_used()
 
     def _fill(self, images: Sequence[int], encode: Encode, writer: PackWriter, faults: Faults, tick: Tick, publish: bool) -> None:
         try:
-            for image, found in in_threads(self._look, images):
-                if isinstance(found, DataError):
-                    faults.images += found.faults
-                else:
-                    self._keep(image, *found, encode, writer, faults)
+            with closing(behind(self._encodings(images, encode, faults), lambda made: _store(made, writer), _BEHIND)) as stored:
+                for wrong in stored:
+                    faults.others += wrong
                     tick(1)
             if publish:
                 writer.publish()
@@ -215,7 +210,15 @@ class DiskStore:
             faults.others.append(f"cache_dir = {str(self.packs.folder.parent)!r} cannot be written ({_why(error)}). What is in it stays. Free some space and start again, give "
                                  f"another cache_dir, or cache_latents: memory.")
 
-    def _look(self, image: int) -> tuple[Digests, list[tuple[np.ndarray, np.ndarray | None]]] | DataError:
+    def _encodings(self, images: Sequence[int], encode: Encode, faults: Faults) -> Iterator[list[tuple[bytes, Encoding]]]:
+        """What each image lacks, with the VAE."""
+        for image, found in prepared(self._look, images, _THREADS):
+            if isinstance(found, DataError):
+                faults.images += found.faults
+            else:
+                yield self._missing(image, *found, encode)
+
+    def _look(self, image: int) -> tuple[Digests, Loaded] | DataError:
         """(digests, pixels of each view, or none if all its entries are there and whole). Runs in threads."""
         source, number = self.data.source_of(image)
         paths = [source.path(number)] + ([source.masks[number]] if source.masks else [])
@@ -243,19 +246,26 @@ class DiskStore:
         background = self.data.source_of(image)[0].bg_color
         return all(self._entry(entry_key(*digests, view, background, self.vae_id)) is not None for view in self.data.views(image))
 
-    def _keep(self, image: int, digests: Digests, loaded: list[tuple[np.ndarray, np.ndarray | None]], encode: Encode, writer: PackWriter, faults: Faults) -> None:
-        """Encode and write what was found missing, unless another image or process has brought it meanwhile."""
+    def _missing(self, image: int, digests: Digests, loaded: Loaded, encode: Encode) -> list[tuple[bytes, Encoding]]:
+        """Encode what was found missing, unless another image or process has brought it meanwhile."""
         self.digests[image] = digests
         if loaded and time.monotonic() - self._looked > _LOOK_SECONDS:
             self.packs.refresh()
             self._looked = time.monotonic()
-        missing = [(key, *pair) for key, pair in zip(self.keys(image), loaded) if key not in writer.pending and key not in self.packs]
-        try:
-            for key, rgb, mask in missing:
-                writer.add(key, safetensors.torch.save(make_entry(self.data, image, rgb, mask, encode)))
-        except DataError as error:
-            faults.others += error.faults
+        missing = [(key, *pair) for key, pair in zip(self.keys(image), loaded) if key not in self._begun and key not in self.packs]
+        self._begun.update(key for key, *_ in missing)
         self.encoded += bool(missing)
+        return [(key, Encoding(name_of(self.data, image), rgb, mask, encode)) for key, rgb, mask in missing]
+
+
+def _store(made: list[tuple[bytes, Encoding]], writer: PackWriter) -> list[str]:
+    """Write an image's entries; faults of those that cannot be used."""
+    try:
+        for key, view in made:
+            writer.add(key, safetensors.torch.save(view.entry()))
+    except DataError as error:
+        return error.faults
+    return []
 
 
 def decoded_before(folder: str | Path) -> Callable[[str], bool]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from ..data.dataset import TrainData
+from ..device import send
 from ..families.base import Models
 from .parallel import Parallel
 
@@ -26,8 +27,7 @@ def cache_latents(data: TrainData, models: Models, mark: str, parallel: Parallel
 def _encoder(models: Models, device: torch.device) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     @torch.no_grad()
     def encode(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, std = models.family.posterior(models, pixels.to(device))
-        return mean.cpu(), std.cpu()
+        return models.family.posterior(models, send(pixels, device))  # left there: the cache fetches them while the next image is encoded
 
     return encode
 

@@ -1,4 +1,4 @@
-"""LoRA files -> factors beside the model's layers, and the rows of the start report."""
+"""LoRA files -> factors on the model's layers, and the rows of the start report."""
 
 import difflib
 import re
@@ -134,7 +134,7 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def attach_all(models: Models, loaded: Sequence[Loaded]) -> None:
-    """Lays every LoRA beside its layers; several on one layer add up. Strength 0 leaves a layer as it is, bit for bit.
+    """Lays every LoRA on its layers, in fp32 into the weights and else beside them; several on one layer add up. Strength 0 leaves a layer as it is, bit for bit.
 
     Raises LayerMatchError that names the file whose layers the model does not have; all files' faults come together.
     """
@@ -146,7 +146,7 @@ def attach_all(models: Models, loaded: Sequence[Loaded]) -> None:
                 if lora.strength(component) != 0:
                     together.setdefault(path, []).append((tensors, lora.strength(component)))
         if together:
-            attach_lora(module, together, component)
+            attach_lora(module, together, component, fold=True)
 
 
 def check_fit(models: Models, loaded: Sequence[Loaded]) -> None:

@@ -23,13 +23,14 @@ class PreviewPrompts:
 
 
 def encode_preview_prompts(models: Models, cfg: PreviewConfig, clip_skip: int = 0) -> PreviewPrompts:
-    """Encodes the prompts, each with as many chunks as it needs; weights in braces count."""
+    """Encodes the prompts, each with as many chunks as it needs; weights in braces count. Equal ones are encoded once, the negative one once per length."""
     negative = parse(cfg.neg_prompt, where="preview.neg_prompt")
     prompts = [parse(text, where=f"preview.prompts[{n}]") for n, text in enumerate(cfg.prompts)]
     chunks = [max(encode.chunks_needed(models, [prompt, negative], encode.Words())) for prompt in prompts]
     with evaluating_text(models):
-        return PreviewPrompts(tuple(encode.encode(models, prompt, repeats, clip_skip=clip_skip) for prompt, repeats in zip(prompts, chunks)),
-                              tuple(encode.encode_negative(models, negative, repeats, clip_skip=clip_skip) for repeats in chunks))
+        made = {pair: encode.encode(models, *pair, clip_skip=clip_skip) for pair in dict.fromkeys(zip(prompts, chunks))}
+        negatives = {repeats: encode.encode_negative(models, negative, repeats, clip_skip=clip_skip) for repeats in dict.fromkeys(chunks)}
+    return PreviewPrompts(tuple(made[pair] for pair in zip(prompts, chunks)), tuple(negatives[repeats] for repeats in chunks))
 
 
 def check_preview(models: Models, cfg: PreviewConfig) -> None:

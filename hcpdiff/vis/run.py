@@ -2,7 +2,8 @@
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ..families.base import Conditioning, Family, Models, text_components
 from ..families.place import Place, open_place
 from ..families.source import resolve
 from ..quiet import quiet_libraries
+from ..threads import behind
 from . import attach, components, embeddings, encode, pipeline
 from .prompt import Parsed
 from .request import Picture, Request, batches
@@ -231,21 +233,35 @@ def report(request: Request, facts: Facts, loras: Sequence[attach.Loaded], devic
 
 
 def draw(request: Request, studio: Studio, say: Callable[[str], None]) -> list[Path]:
-    """Draws all pictures, batch by batch; each batch is on disk before the next begins."""
-    paths: list[Path] = []
+    """Draws all pictures, batch by batch; each is on disk before the next begins, or beside a GPU before the next is done. What was drawn is written whatever
+    comes after it."""
     started, total = time.perf_counter(), len(request.pictures)
+    beside = 0 if studio.device.type == "cpu" else 1
+    with closing(behind(drawn_batches(request, studio, total, say), lambda drawn: write(request, studio, *drawn), beside)) as written:
+        paths = []
+        for batch in written:
+            for path in batch:
+                say(str(path))
+            paths += batch
+    say(f"{total} picture{'s' if total > 1 else ''} in {time.perf_counter() - started:.1f} s")
+    return paths
+
+
+def drawn_batches(request: Request, studio: Studio, total: int, say: Callable[[str], None]) -> Iterator[tuple[Sequence[Picture], list]]:
+    """Each batch with its images, when they are asked for."""
     for batch in batches(request.pictures, studio.repeats, request.cfg.bs):
         first, last = batch[0].index + 1, batch[-1].index + 1
         studio.pipe.set_progress_bar_config(desc=f"picture {first} of {total}" if first == last else f"pictures {first}-{last} of {total}")
         drawn = draw_batch(request, studio, batch)
         if drawn.redecoded:
             say(f"note: the VAE's result was black or not finite in {studio.facts.dtype}; it was decoded again in fp32.")
-        for picture, image in zip(batch, drawn.images):
-            paths.append(save(image, request.out_dir, picture.seed, describe(request, picture, studio.facts), request.cfg.save.image_type,
-                              request.cfg.save.quality, request.cfg.save.settings))
-            say(str(paths[-1]))
-    say(f"{total} picture{'s' if total > 1 else ''} in {time.perf_counter() - started:.1f} s")
-    return paths
+        yield batch, drawn.images
+
+
+def write(request: Request, studio: Studio, batch: Sequence[Picture], images: Sequence) -> list[Path]:
+    """The files of a batch."""
+    return [save(image, request.out_dir, picture.seed, describe(request, picture, studio.facts), request.cfg.save.image_type, request.cfg.save.quality,
+                 request.cfg.save.settings) for picture, image in zip(batch, images)]
 
 
 def draw_batch(request: Request, studio: Studio, batch: Sequence[Picture]) -> pipeline.Drawn:

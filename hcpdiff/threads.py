@@ -1,0 +1,61 @@
+"""Work beside the main thread, in order: made ahead by threads that give way to it, or finished behind it. Imports no torch."""
+
+import contextlib
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T, R = TypeVar("T"), TypeVar("R")
+_GIVE_WAY = 10  # steps of niceness: about a tenth of a core where others want it, all of it where not
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def prepared(work: Callable[[T], R], items: Sequence[T], most: int) -> Iterator[tuple[T, R]]:
+    """(item, work(item)) in order, some made ahead by at most `most` threads that take only the time that nothing else wants. Close it to stop them."""
+    threads = max(1, min(most, usable_cores(), len(items)))
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="hcpdiff-ahead", initializer=give_way)
+    try:
+        waiting: deque[tuple[T, Future[R]]] = deque()
+        for item in items:
+            waiting.append((item, pool.submit(work, item)))
+            if len(waiting) > 2 * threads:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        while waiting:
+            done, future = waiting.popleft()
+            yield done, future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def give_way() -> None:
+    """Lower this thread's priority, for good. torch's threads wait for the slowest of them, so one that has to share its core slows all. Linux only: there
+    niceness is a thread's and not the process's."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, min(19, os.getpriority(os.PRIO_PROCESS, 0) + _GIVE_WAY))
+
+
+def behind(started: Iterable[T], finish: Callable[[T], R], most: int) -> Iterator[R]:
+    """finish(item) of each, in order, in one thread while later items are made, at most `most` of them (0: each is finished before the next is begun).
+
+    What was started is finished whatever happens, before an error goes on. Close it where an error can come between two results.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="hcpdiff-behind")
+    try:
+        waiting: deque[Future[R]] = deque()
+        for item in started:
+            waiting.append(pool.submit(finish, item))
+            if len(waiting) > most:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True)
