@@ -2,6 +2,7 @@
 
     python benchmarks/trainer_step.py          # numbers looked at in the step, as on a CPU
     python benchmarks/trainer_step.py late     # learnt one step later, as beside a GPU
+    python benchmarks/trainer_step.py loop     # AdamW as torch has it by default on a CPU, a loop over the tensors
 """
 
 import statistics
@@ -50,7 +51,7 @@ def main(late: bool) -> float:
     parameters = [nn.Parameter(torch.randn(shape)) for width in widths for shape in ((4, width), (width, 4))]
     group, clock = ParamGroup("lora", 1e-4, tuple(parameters)), Clock()
     trainer = Trainer(feed=Steps(), loss=lambda batch: sum(p.square().sum() for p in parameters[:4]), gradients=Gradients([group], torch.device("cpu")),
-                      optimizer=torch.optim.AdamW(optimizer_groups([group], 1.0)), lr_factor=lambda step: 1.0, hooks=[clock], total_steps=STEPS, max_grad_norm=1.0,
+                      optimizer=torch.optim.AdamW(optimizer_groups([group], 1.0), fused="loop" not in sys.argv), lr_factor=lambda step: 1.0, hooks=[clock], total_steps=STEPS, max_grad_norm=1.0,
                       parallel=SimpleNamespace(rank=0, world=1, sum_=lambda tensor: tensor), max_nonfinite=3, fp16=False, **({"lag": True} if late else {}))
     trainer.state.positions = [SimpleNamespace(epoch=0)]
     trainer.fit(StopRequest())

@@ -1,6 +1,9 @@
 """The one place that answers for the machine: device, compute dtype, attention, threads, memory."""
 
 import os
+import platform
+import shutil
+from importlib.util import find_spec
 
 import torch
 
@@ -63,6 +66,48 @@ def set_attention(unet: torch.nn.Module, choice: str, key: str) -> str:
         unet.set_attn_processor(AttnProcessor())
         return "eager"
     return "sdpa"  # diffusers' default processor calls scaled_dot_product_attention
+
+
+def check_compiler(device: torch.device, key: str) -> None:
+    """ConfigError names `key` where torch.compile cannot work: what it needs is looked for, and then a small function is compiled."""
+    lacking, way_out = _no_compiler(device), f"Set {key}: false; the run is the same, only slower."
+    if lacking:
+        raise ConfigError(f"{key} = true: {lacking} {way_out}")
+    numbers = torch.arange(16, dtype=torch.float32, device=device)
+    try:
+        torch.compile(lambda x: torch.sin(x) * 2 + 1, dynamic=False, fullgraph=True)(numbers)
+    except Exception as error:  # a compiler raises what it likes; the user is told
+        raise ConfigError(f"{key} = true: torch.compile does not work on this machine: {first_line(error)} {way_out}") from error
+
+
+def _no_compiler(device: torch.device) -> str:
+    """What torch.compile needs for a device and does not find, with how to get it; '' where nothing is seen to be lacking."""
+    if device.type in ("cuda", "xpu"):
+        if find_spec("triton") is None:
+            wanted = "triton-windows" if platform.system() == "Windows" else "triton"
+            return f"torch.compile needs triton on this device, and it is not installed (pip install {wanted}, in the version that belongs to torch {torch.__version__})."
+        if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+            return f"torch.compile needs a GPU of compute capability 7.0 or newer; this one has {'.'.join(map(str, torch.cuda.get_device_capability(device)))}."
+        return "" if platform.system() == "Windows" else _no_program("CC", ("cc", "gcc", "clang"), "a C compiler", "gcc")
+    windows, mac = platform.system() == "Windows", platform.system() == "Darwin"
+    usual = ("cl",) if windows else ("clang++",) if mac else ("g++",)
+    return _no_program("CXX", usual, "a C++ compiler", "g++") if device.type == "cpu" else ""
+
+
+def _no_program(variable: str, usual: tuple[str, ...], what: str, package: str) -> str:
+    names = (os.environ[variable],) if os.environ.get(variable) else usual
+    if any(shutil.which(name) for name in names):
+        return ""
+    ways = {"Windows": "the Visual Studio Build Tools, in their command prompt", "Darwin": "xcode-select --install"}
+    way = ways.get(platform.system(), f"apt install {package}, or your system's like")
+    return f"torch.compile needs {what}, and {' or '.join(names)} is not found ({way})."
+
+
+def first_line(error: BaseException) -> str:
+    """An error's first line, with its kind, as the end of a sentence; torch's compiler wraps the error that says something."""
+    error = getattr(error, "inner_exception", error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{lines[0].rstrip('.:')} ({type(error).__name__})." if lines else f"{type(error).__name__}."
 
 
 def check_build(way_out: str = "") -> None:

@@ -1,11 +1,15 @@
 """Learning-rate schedules against transformers' and torch's, and the flat gradient buffer."""
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from hcpdiff.config.schema import SchedulerConfig
 from hcpdiff.train.optim import Gradients, lr_factor, optimizer_groups, set_lr, simulated_factor
+from hcpdiff.train.parts import make_optimizer
 from hcpdiff.trainables.lora import ParamGroup
 
 
@@ -100,3 +104,29 @@ def test_small_gradients_are_not_scaled_up():
     assert gradients.clip(1.0).item() == pytest.approx(0.3)
     torch.testing.assert_close(weight.grad, torch.tensor([0.1, 0.2, 0.2]))
     assert gradients.clip(None).item() == pytest.approx(0.3)
+
+
+def made(optimizer, device="cpu", value=1.0):
+    weight = nn.Parameter(torch.full((4,), value, device=device))
+    cfg = SimpleNamespace(train=SimpleNamespace(optimizer={"_target_": "torch.optim.AdamW", **optimizer}, scale_lr=False))
+    return weight, make_optimizer([ParamGroup("a", 1e-2, (weight,))], cfg, 1, ())
+
+
+def test_adam_is_fused_unless_the_config_chooses():
+    assert made({})[1].param_groups[0]["fused"] and made({"_target_": "torch.optim.Adam"})[1].param_groups[0]["fused"]
+    assert not made({"fused": False})[1].param_groups[0]["fused"]
+    assert not made({"foreach": True})[1].param_groups[0]["fused"]
+    assert not made({"_target_": "torch.optim.SGD"})[1].param_groups[0]["fused"]
+
+
+def test_fused_adamw_is_adamw_and_goes_on_from_a_state_of_the_other():
+    """Up to the last bit: a run saved by an earlier version goes on."""
+    (a, fused), (b, loop) = made({"weight_decay": 0.1}), made({"weight_decay": 0.1, "foreach": False})
+    for step in range(6):
+        a.grad, b.grad = (torch.linspace(-1, 1, 4) * (step + 1) for _ in range(2))
+        fused.step()
+        loop.step()
+        if step == 2:
+            state = copy.deepcopy(loop.state_dict())
+            fused.load_state_dict({**state, "param_groups": [{**state["param_groups"][0], "fused": True, "foreach": None}]})
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)

@@ -5,6 +5,7 @@ accumulated onto it in fp32 with one rounding: `base(x)` rounded first would swa
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,40 +14,110 @@ from torch.nn import functional as F
 from ..lora_tensors import LoraTensors
 from .base import Adapter, Layer
 
+if TYPE_CHECKING:
+    from .shadow import Shadow
+
+
+HALF = (torch.bfloat16, torch.float16)
+Factors = tuple[Tensor, Tensor]
+
+
+def _factors(down: Tensor, up: Tensor, scale: float, dtype: torch.dtype) -> Factors:
+    """down and up to multiply with in `dtype`; in half precision up holds the scale, so that it is rounded once."""
+    return down.to(dtype), (scale * up).to(dtype) if dtype in HALF else up.to(dtype)
+
 
 class _LoraLinear(torch.autograd.Function):
     """y = x W^T + b + s (z down^T) up^T for 2-D x, where z is x or its dropped-out copy; computes no gradient of W.
 
-    Keeps z and h = z down^T for the backward pass.
+    `ready`: the factors in half precision, where they are known. Keeps z and h = z down^T for the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, x, dropped, weight, bias, down, up, scale):
+    def forward(ctx, x, dropped, weight, bias, down, up, scale, ready):
         z = x if dropped is None else dropped
-        low, high = down.to(x.dtype), up.to(x.dtype)
+        low, high = ready or _factors(down, up, scale, x.dtype)
         h = z @ low.t()  # (N, rank)
-        if x.dtype in (torch.bfloat16, torch.float16):
-            y = (h @ (scale * up).to(x.dtype).t()).addmm_(x, weight.t())
+        ctx.scale, ctx.rest, ctx.dtype = scale, scale, down.dtype
+        if x.dtype in HALF:
+            ctx.rest = 1.0  # `high` holds the scale
+            y = (h @ high.t()).addmm_(x, weight.t())
             if bias is not None:
                 y.add_(bias)
         else:
             y = F.linear(x, weight, bias).addmm_(h, high.t(), alpha=scale)
         ctx.save_for_backward(z, h, weight, low, high)
-        ctx.scale, ctx.dtype = scale, down.dtype
         return y
 
     @staticmethod
     def backward(ctx, g):
         z, h, weight, low, high = ctx.saved_tensors
-        want_x, want_dropped, _, _, want_down, want_up, _ = ctx.needs_input_grad
+        want_x, want_dropped, _, _, want_down, want_up, _, _ = ctx.needs_input_grad
         gh = g @ high  # (N, rank)
         grad_x = g @ weight if want_x else None
         if want_x and not want_dropped:
-            grad_x.addmm_(gh, low, alpha=ctx.scale)
-        grad_dropped = (gh @ low).mul_(ctx.scale) if want_dropped else None
-        grad_down = (gh.t() @ z).to(ctx.dtype).mul_(ctx.scale) if want_down else None
+            grad_x.addmm_(gh, low, alpha=ctx.rest)
+        grad_dropped = (gh @ low).mul_(ctx.rest) if want_dropped else None
+        grad_down = (gh.t() @ z).to(ctx.dtype).mul_(ctx.rest) if want_down else None
         grad_up = (g.t() @ h).to(ctx.dtype).mul_(ctx.scale) if want_up else None
-        return grad_x, grad_dropped, None, None, grad_down, grad_up, None
+        return grad_x, grad_dropped, None, None, grad_down, grad_up, None, None
+
+
+@torch.library.custom_op("hcpdiff::small_first", mutates_args=())
+def _small_first(h: Tensor, high: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """h high^T + x W^T, added up in fp32 and rounded once. A compiler that saw the two products would be free to round each (decision 0091)."""
+    return (h @ high.t()).addmm_(x, weight.t())
+
+
+@_small_first.register_fake
+def _(h, high, x, weight):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _save_small_first(ctx, inputs, output):
+    h, high, _, weight = inputs
+    ctx.save_for_backward(h, high, weight)
+
+
+def _small_first_backward(ctx, g):
+    h, high, weight = ctx.saved_tensors
+    want_h, want_high, want_x, _ = ctx.needs_input_grad
+    return g @ high if want_h else None, g.t() @ h if want_high else None, g @ weight if want_x else None, None
+
+
+_small_first.register_autograd(_small_first_backward, setup_context=_save_small_first)
+
+
+def _compiled_linear(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """What _LoraLinear computes, in operations that a compiler looks into."""
+    low, high = _factors(down, up, scale, x.dtype)
+    h = z @ low.t()
+    if x.dtype not in HALF:
+        return torch.addmm(F.linear(x, weight, bias), h, high.t(), alpha=scale)
+    y = _small_first(h, high, x, weight)
+    return y if bias is None else y + bias
+
+
+class _StandIn(torch.autograd.Function):
+    """A factor's half-precision copy in its place: the gradient goes to the factor."""
+
+    @staticmethod
+    def forward(ctx, factor, copy, scale):
+        ctx.dtype, ctx.scale = factor.dtype, scale
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx, g):
+        g = g.to(ctx.dtype)
+        return g if ctx.scale == 1 else g.mul_(ctx.scale), None, None
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """What a Linear multiplies `x` in: its own dtype, or autocast's."""
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
 
 
 def _pointwise(layer: nn.Conv2d) -> bool:
@@ -65,6 +136,7 @@ class Lora(Adapter):
         out_width, *in_shape = layer.weight.shape
         device = layer.weight.device
         self.rank, self.alpha, self.dropout = rank, float(alpha), dropout
+        self.shadow: "Shadow | None" = None
         self.down = nn.Parameter(torch.empty(rank, *in_shape, dtype=torch.float32, device=device))
         self.up = nn.Parameter(torch.zeros(out_width, rank, *(1,) * (len(in_shape) - 1), dtype=torch.float32, device=device))
 
@@ -98,25 +170,45 @@ class Lora(Adapter):
         return weight + strength * self.scale * delta, bias
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
+        given, dtype = x.dtype, _product_dtype(x)
+        x = x.to(dtype)
         z = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
         if isinstance(layer, nn.Conv2d):
-            if x.dtype in (torch.bfloat16, torch.float16) and _pointwise(layer):
-                return self._pointwise(x, z, layer)
-            return self._conv(x, x if z is None else z, layer)
-        if layer.weight.dtype != x.dtype:  # quantised or under autocast: the layer knows how to multiply, we do not
-            h = F.linear(x if z is None else z, self.down.to(x.dtype))
-            return layer.base_forward(x) + F.linear(h, self.up.to(x.dtype)) * self.scale
+            return self._pointwise(x, z, layer) if dtype in HALF and _pointwise(layer) else self._conv(x, x if z is None else z, layer)
+        if layer.weight.dtype not in (given, dtype):  # quantised: the layer knows how to multiply, we do not
+            low, high, rest = self._operands(dtype)
+            return torch.add(layer.base_forward(x), F.linear(F.linear(x if z is None else z, low), high), alpha=rest)
         flat = x.reshape(-1, x.shape[-1])
-        flat_z = None if z is None else z.reshape(flat.shape)
-        y = _LoraLinear.apply(flat, flat_z, layer.weight, layer.bias, self.down, self.up, self.scale)
+        y = self._product(flat, None if z is None else z.reshape(flat.shape), layer.weight, layer.bias, self.down, self.up)
         return y.reshape(*x.shape[:-1], -1)
+
+    def _product(self, x: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
+        """(N, in) -> (N, out) of a Linear and its LoRA."""
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)  # other than x only under autocast
+        if torch.compiler.is_compiling():
+            return _compiled_linear(x, x if z is None else z, weight, bias, down, up, self.scale)
+        ready = self._ready(x.dtype)
+        return _LoraLinear.apply(x, z, weight, bias, down, up, self.scale, ready and (ready[0].flatten(1), ready[1].flatten(1)))
+
+    def _ready(self, dtype: torch.dtype) -> Factors | None:
+        """The factors in half precision, if they are known and true now."""
+        return self.shadow.factors(self, dtype) if self.shadow is not None else None
+
+    def _operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+        """down, up and what is left of the scale, differentiable, in `dtype`."""
+        rest = 1.0 if dtype in HALF else self.scale
+        ready = None if torch.compiler.is_compiling() else self._ready(dtype)
+        if ready:
+            return _StandIn.apply(self.down, ready[0], 1.0), _StandIn.apply(self.up, ready[1], self.scale), rest
+        return *_factors(self.down, self.up, self.scale, dtype), rest
 
     def _pointwise(self, x: Tensor, z: Tensor | None, layer: nn.Conv2d) -> Tensor:
         """A 1x1 convolution as the Linear that it is, over (B*H*W, C), so that half precision keeps the small term."""
         flat, flat_z = (None if part is None else part.permute(0, 2, 3, 1).reshape(-1, part.shape[1]) for part in (x, z))
-        y = _LoraLinear.apply(flat, flat_z, layer.weight.flatten(1), layer.bias, self.down.flatten(1), self.up.flatten(1), self.scale)
+        y = self._product(flat, flat_z, layer.weight.flatten(1), layer.bias, self.down.flatten(1), self.up.flatten(1))
         return y.reshape(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
 
     def _conv(self, x: Tensor, z: Tensor, layer: nn.Conv2d) -> Tensor:
-        h = layer._conv_forward(z, self.down.to(x.dtype), None)  # the base's own stride, padding mode and dilation
-        return layer.base_forward(x) + F.conv2d(h, self.up.to(x.dtype)) * self.scale
+        low, high, rest = self._operands(x.dtype)
+        h = layer._conv_forward(z, low, None)  # the base's own stride, padding mode and dilation
+        return torch.add(layer.base_forward(x), F.conv2d(h, high), alpha=rest)

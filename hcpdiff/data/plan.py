@@ -103,6 +103,15 @@ class Plan:
         """Optimizer steps in an epoch of the first dataset."""
         return -(-self.chunks_per_epoch(0) // self.micro_per_step)
 
+    def shapes(self) -> set[tuple[int, int, int]]:
+        """(samples, width, height) of every micro-batch that there can be: full ones, and what is left of a bucket."""
+        found = set()
+        for data, pools in zip(self.datasets, self._pools):
+            for (size, _), (images, _) in zip(data.buckets, pools):
+                counts = {min(len(images), data.batch_size), len(images) % data.batch_size}
+                found |= {(count, *size) for count in counts if count}
+        return found
+
     def start_of(self, epoch: int) -> list[Position]:
         """Where every dataset is when an epoch of the first one begins, in a run with this micro_per_step from the start."""
         used = epoch * self.steps_per_epoch * self.micro_per_step

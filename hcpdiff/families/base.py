@@ -160,6 +160,9 @@ class Family(Protocol):
     def checkpointing(self, models: Models, component: str) -> None:
         """Turns gradient checkpointing on."""
 
+    def regions(self, models: Models, component: str) -> list[nn.Module]:
+        """The blocks that a component repeats, none inside another: what is compiled as a whole. Gradient checkpointing has its borders around, not inside them."""
+
     def base_version(self, models: Models) -> str:
         """What webui calls this base model, such as sd_v1."""
 

@@ -24,6 +24,7 @@ class ClipUnet:
     name: ClassVar[str]
     pipeline: ClassVar[str]  # diffusers' class, as model_index.json names it
     components: ClassVar[tuple[Component, ...]]
+    blocks: ClassVar[frozenset[str]] = frozenset({"BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer"})  # classes, of UNet and text encoders
     text_kinds: ClassVar[Mapping[str, str]]  # text encoder -> its class in transformers
     dense: ClassVar[tuple[str, ...]] = ("conv_in", "conv_out")
 
@@ -164,6 +165,10 @@ class ClipUnet:
             module.enable_gradient_checkpointing()
         else:
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def regions(self, models: Models, component: str) -> list[torch.nn.Module]:
+        """Transformer blocks and resnets of the UNet, layers of a text encoder."""
+        return [module for module in models.modules[component].modules() if type(module).__name__ in self.blocks]
 
 
 def tokenizer_of(text_encoder: str) -> str:

@@ -1,13 +1,15 @@
 """Optimizer, learning-rate schedule, and the flat gradient buffer between backward pass and optimizer."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from ..trainables.lora import ParamGroup
+
+FUSED = tuple(f"torch.optim.{place}{name}" for name in ("Adam", "AdamW") for place in ("", f"{name.lower()}."))
 
 
 def lr_factor(config, total: int) -> Callable[[int], float]:
@@ -104,6 +106,14 @@ class Gradients:
 def optimizer_groups(groups: Sequence[ParamGroup], scale: float) -> list[dict]:
     """Param groups for a torch optimizer; `initial_lr` is what the schedule multiplies."""
     return [{"params": list(g.parameters), "lr": g.lr * scale, "initial_lr": g.lr * scale, "name": g.name} for g in groups]
+
+
+def with_fused(spec: Mapping, device: torch.device) -> dict:
+    """An optimizer's spec, with torch's fused kernel where it is Adam's and the spec does not choose itself: one call for all tensors, on a CPU a quarter of the
+    time of a loop over them."""
+    chosen = {"fused", "foreach", "differentiable", "_args_"} & spec.keys()
+    takes = spec["_target_"] in FUSED and device.type in ("cpu", "cuda", "xpu") and not chosen
+    return {**spec, "fused": True} if takes else dict(spec)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> list[float]:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..adapters.lora import HALF
+from ..adapters.shadow import Shadow
 from ..config.build import build
 from ..config.schema import RunConfig, TrainConfig
 from ..data.dataset import TrainData
@@ -12,7 +14,7 @@ from ..loss import make_loss
 from ..trainables.lora import LoraTrainable, ParamGroup
 from .base import BaseModel
 from .conditioning import Encoder, FrozenText
-from .optim import Gradients, lr_factor, optimizer_groups, simulated_factor
+from .optim import Gradients, lr_factor, optimizer_groups, simulated_factor, with_fused
 from .parallel import Parallel
 from .step import DenoisingStep
 
@@ -36,12 +38,20 @@ def make_step(base: BaseModel, cfg: RunConfig, data: TrainData, frozen: bool, de
     return step, text
 
 
+def make_shadow(trainables: Sequence[LoraTrainable], cfg: RunConfig, dtype: torch.dtype) -> Shadow | None:
+    """Half-precision copies of the LoRA weights, in half precision. What is compiled needs none: its casts are part of its kernels."""
+    if dtype not in HALF or cfg.model.compile:
+        return None
+    return Shadow([lora for trainable in trainables for lora in trainable.adapters.values()], dtype)
+
+
 def make_optimizer(groups: Sequence[ParamGroup], cfg: RunConfig, world: int, allow: Sequence[str]) -> torch.optim.Optimizer:
     """The optimizer that `train.optimizer` names, ready to train."""
     scale = 1.0
     if cfg.train.scale_lr:
         scale = next(iter(cfg.data.values())).batch_size * world * cfg.train.gradient_accumulation_steps
-    optimizer = build(cfg.train.optimizer, "optimizer", "train.optimizer", allow, params=optimizer_groups(groups, scale))
+    spec = with_fused(cfg.train.optimizer, groups[0].parameters[0].device)
+    optimizer = build(spec, "optimizer", "train.optimizer", allow, params=optimizer_groups(groups, scale))
     for group, own in zip(optimizer.param_groups, groups):
         group["initial_lr"] = own.lr * scale  # some optimizers overwrite it
     if callable(getattr(optimizer, "train", None)):

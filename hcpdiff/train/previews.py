@@ -10,6 +10,7 @@ from ..config.schema import RunConfig
 from ..errors import HCPError
 from ..families.base import Models
 from ..loggers import Logger
+from .compiled import eagerly
 from .hooks import Periodic
 from .optim import weights_for_use
 from .parallel import Parallel
@@ -34,6 +35,10 @@ class Drawing:
         self.share, self.stop, self.prompts = (parallel.rank, parallel.world), stop, None
 
     def __call__(self) -> list:
+        with eagerly(self.cfg.model.compile):
+            return self._draw()
+
+    def _draw(self) -> list:
         from ..vis.preview import draw_previews, encode_preview_prompts
 
         preview, clip_skip = self.cfg.preview, self.cfg.model.clip_skip

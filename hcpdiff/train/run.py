@@ -21,13 +21,14 @@ from ..loggers import LoggerGroup
 from ..trainables.lora import lay_groups
 from . import report
 from .base import BaseModel
+from .compiled import check_compile, compile_failed, compile_regions
 from .export import WebuiExport, check_export
 from .export_facts import export_facts
 from .hooks import LogHook
 from .init import check_places, start_from_files
 from .latents import cache_latents
 from .parallel import Parallel
-from .parts import learns_text, make_gradients, make_lr_factor, make_optimizer, make_step
+from .parts import learns_text, make_gradients, make_lr_factor, make_optimizer, make_shadow, make_step
 from .place import RunPlace
 from .previews import Drawing, PreviewHook, check_previews
 from .probe import probe
@@ -79,7 +80,7 @@ class Run:
             raise HCPError(f"out of memory while {self.phase}. Other programs on the device, data.<dataset>.batch_size, bucket.target_area and "
                            f"model.gradient_checkpointing decide how much is needed.") from error
         except RuntimeError as error:
-            lost = worker_lost(error)
+            lost = worker_lost(error) or compile_failed(error)
             if lost is None:
                 raise
             raise lost from error
@@ -126,6 +127,7 @@ class Run:
             collect(faults, lambda: faults.extend(check_target(spec, "logger", f"logger[{i}]", self.allow)))
         collect(faults, self._find_model)
         collect(faults, lambda: check_places(self.cfg.model))
+        collect(faults, lambda: check_compile(self.cfg.model, self.device))
         collect(faults, lambda: faults.extend(check_target(self.cfg.train.optimizer, "optimizer", "train.optimizer", self.allow)))
         if self.cfg.train.lr_scheduler:
             collect(faults, lambda: faults.extend(check_target(self.cfg.train.lr_scheduler, "lr_scheduler", "train.lr_scheduler", self.allow)))
@@ -166,6 +168,14 @@ class Run:
                 lora.to(self.device)  # the optimizer is made of these, before the frozen weights follow
         if self.cfg.model.gradient_checkpointing:
             self.base.checkpoint_gradients([trainable.component.name for trainable in self.trainables])
+        self._compile()
+
+    def _compile(self) -> None:
+        """The parts that gradients go through; what is frozen and runs before the steps is not worth it."""
+        self.compiled = ""
+        if self.cfg.model.compile:
+            parts = dict.fromkeys([denoiser_of(self.base.family).name, *(trainable.component.name for trainable in self.trainables)])
+            self.compiled = compile_regions(self.models, parts, self.data.plan.shapes(), self.attention)
 
     def _check_export(self) -> None:
         check_export(self.cfg.train.export, self.base.family.base_version(self.models), self.trainables)
@@ -186,7 +196,8 @@ class Run:
         trainer = Trainer(
             feed=self.data, loss=step.losses, gradients=make_gradients(groups, self.cfg, self.parallel), optimizer=make_optimizer(groups, self.cfg, self.parallel.world, self.allow),
             lr_factor=make_lr_factor(train, self.total_steps, self.allow), parallel=self.parallel, hooks=[text] if text else [], total_steps=self.total_steps,
-            max_grad_norm=train.max_grad_norm, max_nonfinite=train.max_nonfinite, fp16=self.dtype == torch.float16)
+            max_grad_norm=train.max_grad_norm, max_nonfinite=train.max_nonfinite, fp16=self.dtype == torch.float16,
+            shadow=make_shadow(self.trainables, self.cfg, self.dtype))
         trainer.state.positions = self.data.plan.start_of(0)
         if self.place.resumed:
             self._go_on(trainer)
@@ -207,7 +218,8 @@ class Run:
     def _report(self, step: int) -> None:
         precision = f"{machine.SHORT[self.dtype]} (LoRA weights fp32), attention {self.attention}"
         length = f"{self.total_steps} steps, {self.data.steps_per_epoch} an epoch" + (f"; {self.folder} resumed after step {step}" if step else "")
-        self.log.say(report.facts_table("run", report.run_facts(self.cfg, self.base, self.parallel, precision, length)))
+        facts = report.run_facts(self.cfg, self.base, self.parallel, precision, length) | ({"compiled": self.compiled} if self.compiled else {})
+        self.log.say(report.facts_table("run", facts))
         self.log.say(report.layers_table(self.trainables))
         self.data.token_count = lambda prompt: self.base.family.count_tokens(self.models, prompt)
         self.data.token_limit = 75 * self.cfg.model.tokenizer_repeats

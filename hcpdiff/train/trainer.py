@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..adapters.shadow import Shadow
 from ..errors import HCPError, NonFiniteError
 from .optim import Gradients, set_lr
 from .parallel import Parallel
@@ -70,13 +72,15 @@ class Trainer:
     """Runs optimizer steps from `state` until `total_steps`.
 
     loss: batch -> the samples' weighted losses (B,), or their sum. `lag`: whether the host learns a step's numbers only after the next one's backward
-    pass has been asked for (None: where the device works ahead of the host), so that it never waits for a device that has nothing else to do.
+    pass has been asked for (None: where the device works ahead of the host), so that it never waits for a device that has nothing else to do. shadow: copies
+    of the weights that stand in for them in the forward and backward passes of a step, which end before the optimizer changes anything.
     """
 
     def __init__(self, *, feed: Feed, loss: Callable[[Any], Tensor], gradients: Gradients, optimizer: torch.optim.Optimizer, lr_factor: Callable[[int], float],
-                 parallel: Parallel, hooks: Sequence[Hook], total_steps: int, max_grad_norm: float | None, max_nonfinite: int, fp16: bool, lag: bool | None = None):
+                 parallel: Parallel, hooks: Sequence[Hook], total_steps: int, max_grad_norm: float | None, max_nonfinite: int, fp16: bool, lag: bool | None = None,
+                 shadow: Shadow | None = None):
         self.feed, self.loss, self.gradients, self.optimizer, self.lr_factor = feed, loss, gradients, optimizer, lr_factor
-        self.parallel, self.hooks, self.total_steps = parallel, list(hooks), total_steps
+        self.parallel, self.hooks, self.total_steps, self.shadow = parallel, list(hooks), total_steps, shadow
         self.max_grad_norm, self.max_nonfinite = max_grad_norm, max_nonfinite
         device = gradients.flat.device
         self.lag = device.type in LAGGING if lag is None else lag
@@ -112,8 +116,9 @@ class Trainer:
 
     def _step(self, step: Any, micro: list, stop: StopRequest) -> None:
         self.gradients.clear()
-        for index, batch in enumerate(micro):
-            self.backward(batch, index)
+        with self.shadow.fresh() if self.shadow else nullcontext():
+            for index, batch in enumerate(micro):
+                self.backward(batch, index)
         self.gradients.stop += float(stop.signal != 0)
         self.parallel.sum_(self.gradients.flat)
         self.loss_scale.unscale(self.gradients.values)

@@ -1,0 +1,237 @@
+"""`model.compile`: blocks compiled in place give the numbers that they give without, for every kind of layer and mode. aot_eager goes through the same capture and
+the same autograd as inductor without writing kernels; inductor itself is tried on one block."""
+
+import logging
+import re
+
+import pytest
+import run_help
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_adapters import LAYERS, adapted
+from tiny import make_text_encoder
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from hcpdiff import device as machine
+from hcpdiff.adapters.base import adapted_layers, put
+from hcpdiff.adapters.lora import Lora
+from hcpdiff.errors import ConfigError
+from hcpdiff.families.base import Models
+from hcpdiff.families.sd import StableDiffusion
+from hcpdiff.train import compiled
+
+MOST = 64
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    logging.getLogger("torch.__trace").setLevel(logging.WARNING)  # pytest would keep all of a compiler's trace, which takes longer than to compile
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=MOST):
+        yield
+    torch._dynamo.reset()
+
+
+def everything(run, lora, x):
+    """Result and gradients of x, down, up."""
+    torch.manual_seed(3)
+    y = run(x)
+    return [y, *torch.autograd.grad(y.float().square().sum(), [x, lora.down, lora.up])]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["linear", "conv 1x1", "conv 3x3 stride 2", "conv reflect padding"])
+def test_a_compiled_layer_is_the_layer(name, dropout):
+    layer, lora, x = adapted(name, dropout=dropout)
+    for ours, eager in zip(everything(torch.compile(layer.forward, backend="aot_eager", fullgraph=True), lora, x), everything(layer, lora, x)):
+        torch.testing.assert_close(ours, eager, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_compiled_half_precision_keeps_the_effect_far_below_the_last_bit(backend):
+    torch.manual_seed(0)
+    layer = nn.Linear(256, 256).bfloat16().requires_grad_(False)
+    lora = Lora(layer, 8, 4)
+    lora.reset(torch.rand(lora.down.shape))
+    with torch.no_grad():
+        lora.up.normal_()
+        lora.up.mul_(1e-4 * layer.weight.float().norm() / (lora.scale * lora.up @ lora.down).norm())
+    x = torch.randn(4096, 256).bfloat16().requires_grad_()
+    base = layer(x).float()
+    put(layer, lora)
+    true = lora.scale * (x.float() @ lora.down.t() @ lora.up.t())
+    ours, eager = everything(torch.compile(lambda x: nn.functional.silu(layer(x)), backend=backend, fullgraph=True), lora, x), everything(lambda x: nn.functional.silu(layer(x)), lora, x)
+    y = torch.compile(layer.forward, backend=backend, fullgraph=True)(x)
+    assert abs(((y.float() - base) * true).sum() / true.square().sum() - 1) < 0.1
+    for got, want in zip(ours, eager):
+        assert (got.float() - want.float()).norm() / want.float().norm() < 0.01
+        assert got.dtype == want.dtype
+
+
+def test_the_sum_of_both_products_has_the_gradients_of_its_parts():
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=grad) for shape, grad in (((5, 2), True), ((4, 2), True), ((5, 3), True), ((4, 3), False))]
+    torch.library.opcheck(torch.ops.hcpdiff.small_first.default, inputs)
+    assert torch.autograd.gradcheck(torch.ops.hcpdiff.small_first, inputs)
+
+
+def tiny_unet():
+    """The regions of a true UNet, few kinds of them."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(sample_size=8, layers_per_block=1, block_out_channels=(16,), norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D",),
+                                up_block_types=("CrossAttnUpBlock2D",), mid_block_type=None, cross_attention_dim=8, attention_head_dim=2).requires_grad_(False)
+
+
+def with_loras(model, names, dropout=0.0):
+    for path, layer in list(model.named_modules()):
+        if path.endswith(names) and isinstance(layer, (nn.Linear, nn.Conv2d)):
+            lora = Lora(layer, 2, 1, dropout)
+            lora.reset(torch.rand(lora.down.shape))
+            nn.init.normal_(lora.up, std=0.1)
+            put(layer, lora)
+    return [p for layer in adapted_layers(model).values() for p in layer.adapter.parameters()]
+
+
+def models_of(**modules):
+    return Models(StableDiffusion(), None, "tiny", modules, {}, {})
+
+
+@pytest.mark.parametrize("sizes", [(8,), pytest.param((8, 16), marks=pytest.mark.long)])
+def test_a_compiled_unet_learns_the_same_with_checkpointing_and_dropout_and_draws_uncompiled(sizes):
+    unet = tiny_unet().train()
+    parameters, names = with_loras(unet, ("to_q", "to_v", "ff.net.2", "conv1", "proj_in"), dropout=0.2), list(unet.state_dict())
+    inputs = [(torch.randn(2, 4, size, 8), torch.full((2,), 500), torch.randn(2, 5, 8)) for size in sizes]
+
+    def step():
+        found = []
+        for x in inputs:
+            torch.manual_seed(1)
+            y = unet(*x).sample
+            found += [y, *torch.autograd.grad(y.square().mean(), parameters)]
+        return found
+
+    eager = step()
+    said = compiled.compile_regions(models_of(unet=unet), ["unet"], {(2, 64, 8 * size) for size in sizes}, "sdpa", backend="aot_eager")
+    results = [step()]
+    with torch.no_grad(), compiled.eagerly(True):
+        unet.eval()
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert torch.equal(unet(*inputs[0]).sample, unet(*inputs[0]).sample)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before > 0
+    unet.train().enable_gradient_checkpointing()
+    results.append(step())
+    for result in results:
+        for got, want in zip(result, eager):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert list(unet.state_dict()) == names == list(dict(unet.named_parameters(remove_duplicate=False)))
+    assert not [path for path, _ in unet.named_modules() if "orig_mod" in path]
+    assert "3 BasicTransformerBlock" in said and "3 ResnetBlock2D" in said and ("any size" if len(sizes) > 1 else "one size") in said
+
+
+def test_a_compiled_text_encoder_learns_the_same():
+    torch.manual_seed(0)
+    text = make_text_encoder(layers=2).requires_grad_(False).train()
+    parameters = with_loras(text, ("q_proj", "fc1"))
+    ids = torch.randint(0, 1000, (2, 77))
+
+    def step():
+        y = text(ids).last_hidden_state
+        return [y, *torch.autograd.grad(y.square().mean(), parameters)]
+
+    eager = step()
+    said = compiled.compile_regions(models_of(text_encoder=text), ["text_encoder"], {(2, 64, 64)}, "sdpa", backend="aot_eager")
+    for got, want in zip(step(), eager):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert "2 CLIPEncoderLayer" in said and "one size" in said
+
+
+def test_there_is_room_for_every_size_of_every_region():
+    unet = tiny_unet()
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=8):
+        compiled.compile_regions(models_of(unet=unet), ["unet"], {(1, 64, 8 * n) for n in range(8, 20)}, "sdpa")
+        regions = len(StableDiffusion().regions(models_of(unet=unet), "unet"))
+        assert torch._dynamo.config.recompile_limit >= 12 * regions
+        assert torch._dynamo.config.accumulated_recompile_limit >= 12 * regions
+
+
+CONFIG = """
+train: {{train_steps: 2, cpu_threads: 1, log_step: 1, optimizer: {{_target_: torch.optim.SGD}}}}
+model: {{pretrained_model_name_or_path: '{model}'}}
+lora_unet: [{{lr: 1.0, rank: 2, layers: ['re:.*attn2\\.to_k$']}}]
+lora_text_encoder: [{{lr: 1.0, rank: 2, layers: ['re:.*q_proj$']}}]
+preview: {{prompts: [thing], every: 1, num_inference_steps: 1, width: 64, height: 64}}
+data:
+  one:
+    batch_size: 2
+    source: {{a: {{img_root: images, word_names: {{pt1: thing}}}}}}
+    bucket: {{target_area: 4096, num_bucket: 1}}
+"""
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, tiny_sd1):
+    """train('key=value', ...) -> (the finished run, its log)."""
+    monkeypatch.chdir(tmp_path)
+    run_help.images(tmp_path / "images", count=4, sizes=((64, 64),))
+    (tmp_path / "cfg.yaml").write_text(CONFIG.format(model=tiny_sd1), encoding="utf-8")
+    return lambda name, *overrides: run_help.run("cfg.yaml", f"exp_dir={name}", *overrides)
+
+
+def weights(run):
+    return {f"{path.name}/{name}": tensor for path in (run.folder / "ckpts").glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def compare_runs(train):
+    eager, _ = train("eager")
+    ours, log = train("compiled", "model.compile=true", "model.gradient_checkpointing=true")
+    expected, got = weights(eager), weights(ours)
+    assert list(got) == list(expected) and not any("_orig_mod" in name for name in got)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=1e-6)
+    pictures = [[Image.open(path).tobytes() for path in sorted((run.folder / "previews").iterdir())] for run in (eager, ours)]
+    assert len(pictures[0]) == 2 and max(abs(a - b) for sides in zip(*pictures) for a, b in zip(*sides)) <= 1
+    assert re.search(r"compiled .*3 CLIPEncoderLayer", log)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_a_compiled_run_writes_what_an_uncompiled_one_writes(train, monkeypatch):
+    """Of the text encoder only, and without a compiler of C++: the rest is the next one's."""
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    monkeypatch.setattr(machine, "check_compiler", lambda device, key: None)
+    monkeypatch.setattr(StableDiffusion, "blocks", frozenset({"CLIPEncoderLayer"}))
+    compare_runs(train)
+
+
+@pytest.mark.long
+def test_a_run_compiled_by_inductor_writes_what_an_uncompiled_one_writes(train):
+    compare_runs(train)
+
+
+def test_a_missing_compiler_is_told_beside_the_other_faults(train, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    with pytest.raises(ConfigError) as caught:
+        train("run", "model.compile=true", "data.one.source.a.bg_color=[0,0,0]", "train.optimizer._target_=torch.optim.Adammm")
+    assert len(caught.value.faults) == 2
+    assert "model.compile = true" in str(caught.value) and "/nowhere/g++ is not found" in str(caught.value) and "model.compile: false" in str(caught.value)
+
+
+def test_a_compiler_that_does_not_work_is_told_beforehand(monkeypatch):
+    monkeypatch.setattr(machine, "_no_compiler", lambda device: "")
+    with torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",), "fx_graph_cache": False}), pytest.raises(ConfigError, match="does not work on this machine.*model.compile: false"):
+        machine.check_compiler(torch.device("cpu"), "model.compile")
+
+
+def test_a_compiler_that_gives_up_in_a_step_is_a_fault_and_no_traceback():
+    def backend(graph, inputs):
+        raise NotImplementedError("no such kernel")
+
+    unet = tiny_unet()
+    for region in StableDiffusion().regions(models_of(unet=unet), "unet"):
+        region.compile(backend=backend)
+    with pytest.raises(RuntimeError) as caught:
+        unet(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 5, 8))
+    assert "no such kernel" in str(compiled.compile_failed(caught.value)) and compiled.compile_failed(RuntimeError("other")) is None
