@@ -1,0 +1,124 @@
+"""What a picture with a LoRA costs in the visualizer, against diffusers' own pipeline: without a LoRA, and with the same file by `load_lora_weights`.
+
+    python benchmarks/drawing.py                                              # SD1.5 of full size with random weights, 256 px, 4 steps, fp32 on a CPU
+    python benchmarks/drawing.py --model demo/model --pixels 256              # a small model
+    python benchmarks/drawing.py --device cuda --dtype fp16 --pixels 512 --steps 20 --batch 4
+
+Each way draws the same pictures (prompts, seeds, sampler, steps) and writes them as PNG files. The largest difference of ours to diffusers' with the LoRA is
+told beside the figures; it says something in fp32 only.
+"""
+
+import argparse
+import copy
+import statistics
+import tempfile
+from pathlib import Path
+
+from common import ROOT, Figure, in_turn, parser, ratios, show
+
+from hcpdiff.quiet import quiet_libraries
+
+quiet_libraries()
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import save_file
+from make_full_size import FOLDER, make_once
+from ways import targets
+
+from hcpdiff.checkpoint.convert import find_family, to_webui
+from hcpdiff.config.infer_schema import InferConfig
+from hcpdiff.device import DTYPES
+from hcpdiff.lora_tensors import LoraTensors
+from hcpdiff.vis import request, run
+
+PROMPT, NEGATIVE, RANK = "a photo of a cat on a mat", "blurry", 8
+PLAIN, PEFT, OURS = "diffusers without LoRA", "diffusers, load_lora_weights", "ours"
+
+
+def write_lora(unet: torch.nn.Module, path: Path) -> None:
+    """A LoRA on attention and feed-forward in webui's form, each layer's a hundredth of the weight in norm."""
+    layers, draws = {}, torch.Generator().manual_seed(0)
+    for name, layer in targets(unet).items():
+        down, up = torch.randn(RANK, layer.in_features, generator=draws), torch.randn(layer.out_features, RANK, generator=draws)
+        size = 0.01 * layer.weight.detach().float().norm() / (up @ down).norm()
+        layers[name] = LoraTensors(down, up * size, float(RANK))
+    found = {"unet": layers}
+    save_file({key: value.contiguous() for key, value in to_webui(found, find_family(found, {}).family).tensors.items()}, path)
+
+
+class Theirs:
+    """diffusers' pipeline, its pictures written as ours are."""
+
+    def __init__(self, pipe: DiffusionPipeline, args: argparse.Namespace, out: Path):
+        self.pipe, self.args, self.out = pipe, args, out
+        pipe.set_progress_bar_config(disable=True)
+        out.mkdir()
+
+    def __call__(self) -> None:
+        seeds = list(range(self.args.pictures))
+        for batch in (seeds[n:n + self.args.batch] for n in range(0, len(seeds), self.args.batch)):
+            draws = [torch.Generator().manual_seed(seed) for seed in batch]
+            images = self.pipe([PROMPT] * len(batch), negative_prompt=[NEGATIVE] * len(batch), generator=draws, num_inference_steps=self.args.steps,
+                               width=self.args.pixels, height=self.args.pixels).images
+            for seed, image in zip(batch, images):
+                image.save(self.out / f"{seed}.png")
+
+
+class Ours:
+    """The visualizer, prepared once; its pictures of the last call are `paths`."""
+
+    def __init__(self, folder: Path, lora: Path, args: argparse.Namespace, out: Path):
+        sizes = {"width": args.pixels, "height": args.pixels, "num_inference_steps": args.steps}
+        cfg = InferConfig(pretrained_model=str(folder), prompt=PROMPT, neg_prompt=NEGATIVE, seed=list(range(args.pictures)), bs=args.batch, infer_args=sizes,
+                          lora_path=str(lora), dtype=args.dtype, device=args.device, out_dir=str(out), cpu_threads=args.threads or "auto")
+        self.request, self.paths = request.read(cfg), []
+        self.studio = run.prepare(self.request, (), lambda line: None)
+
+    def __call__(self) -> None:
+        self.paths = run.draw(self.request, self.studio, lambda line: None)
+
+
+def measure(args: argparse.Namespace, place: Path) -> list[Figure]:
+    """Seconds by way and round."""
+    folder, lora = args.model or make_once(FOLDER), place / "lora.safetensors"
+    plain = DiffusionPipeline.from_pretrained(folder, torch_dtype=DTYPES[args.dtype], safety_checker=None, requires_safety_checker=False)
+    write_lora(plain.unet, lora)
+    peft = type(plain)(**{**plain.components, "unet": copy.deepcopy(plain.unet)}, requires_safety_checker=False)
+    peft.load_lora_weights(lora)
+    works = {PLAIN: Theirs(plain.to(args.device), args, place / "plain"), PEFT: Theirs(peft.to(args.device), args, place / "peft"),
+             OURS: Ours(folder, lora, args, place / "ours")}
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    seconds = in_turn(works, args.rounds, args.device)
+    far = max(np.abs(_pixels(path) - _pixels(place / "peft" / f"{n}.png")).max() for n, path in enumerate(works[OURS].paths))
+    what = f"picture with LoRA, {folder.name}, {args.pixels} px, {args.steps} steps, {args.batch} a batch, {args.dtype}"
+    each = {name: statistics.median(times) / args.pictures for name, times in seconds.items()}
+    return [Figure(what, PLAIN, ratios(seconds[OURS], seconds[PLAIN]), 1.02, values={"ours s": each[OURS], "theirs s": each[PLAIN]}),
+            Figure(what, PEFT, ratios(seconds[OURS], seconds[PEFT]), values={"theirs s": each[PEFT], "apart, of 255": float(far)})]
+
+
+def _pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def main() -> None:
+    """Measures and prints the table."""
+    options = parser(__doc__, rounds=5)
+    options.add_argument("--model", type=Path, default=None, help="a diffusers folder (default: build/sd15-random, made where it is not there: 2.1 GB)")
+    options.add_argument("--pixels", type=int, default=256)
+    options.add_argument("--steps", type=int, default=4)
+    options.add_argument("--pictures", type=int, default=2)
+    options.add_argument("--batch", type=int, default=1)
+    options.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32")
+    args = options.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as place:
+        show("Drawing", measure(args, Path(place)), args)
+
+
+if __name__ == "__main__":
+    main()
