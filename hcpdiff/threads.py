@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T, R = TypeVar("T"), TypeVar("R")
-_GIVE_WAY = 10  # steps of niceness: about a tenth of a core where others want it, all of it where not
+_GIVE_WAY = 5  # steps of niceness: a quarter of a core where torch wants it too, all of it where not; more would starve beside other programs
 
 
 def usable_cores() -> int:
