@@ -1,8 +1,11 @@
 """The one place that answers for the machine: device, compute dtype, attention, threads, memory."""
 
+import ctypes
+import gc
 import os
 import platform
 import shutil
+import sys
 from importlib.util import find_spec
 
 import torch
@@ -125,6 +128,17 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def release() -> None:
+    """Gives back to the system (and of a GPU to other programs) what was let go: allocators keep it else, beside what is allocated next."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+        if trim is not None:
+            trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def peak_memory(device: torch.device) -> str:
     """Highest memory use so far: allocated on a GPU, resident of this process on a CPU."""
     if device.type == "cuda":
@@ -133,7 +147,5 @@ def peak_memory(device: torch.device) -> str:
         import resource
     except ImportError:  # Windows
         return "not measured here"
-    import sys
-
     unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss is bytes on macOS, KiB on Linux
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.2f} GiB resident"

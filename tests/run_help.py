@@ -60,11 +60,11 @@ class Crash(BaseException):
 _loaded: dict[str, Models] = {}
 
 
-def _load(load: Callable[..., Models], *args) -> Models:
+def _load(load: Callable[..., Models], *args, **more) -> Models:
     """What `load` gives, read once: half of the time of a tiny run is its tokenizer's vocabulary. Each run has its own copy of the modules."""
-    key = str(args)
+    key = str((args, more))
     if key not in _loaded:
-        _loaded[key] = load(*args)
+        _loaded[key] = load(*args, **more)
     models = _loaded[key]
     return copy.deepcopy(models, {id(part): part for part in (models.family, *models.tokenizers.values())})
 

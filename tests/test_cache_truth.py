@@ -378,14 +378,19 @@ def text():
     return Models(StableDiffusion(), None, "tiny", {"text_encoder": make_text_encoder().eval()}, {"tokenizer": CLIPTokenizer.from_pretrained(TOKENIZER)}, {})
 
 
+def ahead(*prompts: str) -> SimpleNamespace:
+    """Data whose coming steps ask for these."""
+    return SimpleNamespace(prompts_ahead=lambda start, steps, most: (list(prompts), True))
+
+
 def test_kept_prompts_are_what_encoding_afresh_gives_under_each_setting(text):
     seen = {}
     for repeats, clip_skip in ((1, 0), (1, 1), (2, 0)):
         encode = TextEncoder(text, repeats, clip_skip)
-        frozen = FrozenText(encode, lambda positions: ["a cat", "a dog"], torch.device("cpu"))
-        frozen.on_epoch_begin(SimpleNamespace(state=SimpleNamespace(positions=None)), 0)
+        frozen = FrozenText(encode, ahead("a cat", "a dog"), torch.device("cpu"))
+        frozen.on_epoch_begin(SimpleNamespace(state=SimpleNamespace(positions=None, step=0), total_steps=1), 0)
         with torch.no_grad():
-            assert all(torch.equal(frozen([prompt]).hidden, encode([prompt]).hidden) for prompt in ("a dog", "a cat", "not in the epoch"))
+            assert all(torch.equal(frozen([prompt]).hidden, encode([prompt]).hidden) for prompt in ("a dog", "a cat", "not of these steps"))
         seen[repeats, clip_skip] = frozen(["a cat"]).hidden
     assert seen[1, 0].shape != seen[2, 0].shape and not torch.allclose(seen[1, 0], seen[1, 1])
 
@@ -397,6 +402,6 @@ def test_a_prompt_whose_encoding_is_not_finite_is_named(text):
             cond.hidden[["bad" in prompt for prompt in prompts]] = float("nan")
             return cond
 
-    frozen = FrozenText(Broken(text, 1, 0), lambda positions: [], torch.device("cpu"))
+    frozen = FrozenText(Broken(text, 1, 0), ahead("a good one", "a bad one"), torch.device("cpu"))
     with pytest.raises(ConfigError, match="not finite for 'a bad one'.*mixed_precision: fp32"):
-        frozen(["a good one", "a bad one"])
+        frozen.ahead(None, 1)

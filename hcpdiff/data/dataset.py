@@ -17,6 +17,7 @@ from .plan import DatasetPlan, MicroBatch, Plan, Position, Step
 from .sample import Batch, BatchMaker, TrainDataset, to_unit
 from .source import Source, read_source
 
+_MOST_LOOKED_AT = 200_000  # samples whose prompts are made before the first step, some seconds
 _MOST_SAMPLES = 20_000_000  # of an epoch; some 100 bytes each
 
 
@@ -154,6 +155,22 @@ class TrainData:
         positions = self.plan.start_of(start) if isinstance(start, int) else start
         refs = (ref for step, _ in self.plan.epoch_steps(positions) for micro in step.micro for ref in micro.samples)
         return list(dict.fromkeys(self.maker.prompt(ref) for ref in refs))
+
+    def prompts_ahead(self, start: Sequence[Position], steps: int, most: int) -> tuple[list[str], bool]:
+        """(distinct prompts of the coming steps from `start`, in order of use; whether these are all that the next `steps` steps ask for).
+
+        No step is begun after `most` prompts, or many samples, were looked at. Where an image has one prompt only, two epochs show all that there are.
+        """
+        if not any(source.prompter.draws for data in self.datasets for source in data.sources):
+            steps = min(steps, 2 * max(-(-self.plan.chunks_per_epoch(number) // self.plan.micro_per_step) for number in range(len(self.datasets))))
+        found: dict[str, None] = {}
+        looked = 0
+        for number, (step, _) in enumerate(self.plan.steps(start)):
+            if number == steps or number and (len(found) >= most or looked >= _MOST_LOOKED_AT):
+                return list(found), number == steps
+            samples = [ref for micro in step.micro for ref in micro.samples]
+            found.update(dict.fromkeys(map(self.maker.prompt, samples)))
+            looked += len(samples)
 
     def cache_latents(self, encode: Encode, vae_id: str, rank: int = 0, world: int = 1, exchange: Exchange | None = None,
                       progress: Callable[[int, int], Any] | None = None) -> None:

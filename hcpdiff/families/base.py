@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .place import Place
+from .read_parts import Keep, Reader
 
 DENOISER, TEXT = "denoiser", "text"  # roles of a component
 
@@ -43,6 +44,7 @@ class Models:
     tokenizers: dict[str, Any]
     scheduler_config: Mapping[str, Any]
     extra: dict[str, Any] = field(default_factory=dict)
+    unread: dict[str, Reader] = field(default_factory=dict)  # parts whose weights are still to be read, and what reads them
 
     @property
     def unet(self) -> nn.Module:
@@ -68,6 +70,14 @@ class Models:
         """Lets parts go, so that their memory is free."""
         for name in names:
             self.modules.pop(name, None)
+            self.unread.pop(name, None)
+
+    def read(self, name: str, device: torch.device, keep: Keep | None = None) -> None:
+        """Puts a part on `device`; of an outline it reads the weights, one by one, and keeps of each what `keep` makes of it."""
+        module = self.modules[name]
+        if name in self.unread:
+            self.unread.pop(name)(module, device, keep)
+        module.to(device)
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,15 @@ class Conditioning:
         """As Tensor.to, for every tensor."""
         return Conditioning(self.hidden.to(*args, **kwargs), None if self.pooled is None else self.pooled.to(*args, **kwargs))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.hidden.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
+
+    def clone(self) -> Conditioning:
+        """With memory of its own: a row of a batch would hold all of it."""
+        return Conditioning(self.hidden.clone(), None if self.pooled is None else self.pooled.clone())
+
     def select(self, index: slice | list[int]) -> Conditioning:
         """Some of the prompts, as a batch."""
         return Conditioning(self.hidden[index], None if self.pooled is None else self.pooled[index])
@@ -109,8 +128,11 @@ class Family(Protocol):
     dense: tuple[str, ...]  # layers of the denoiser that all it takes in and gives out goes through: they are never kept in few bits
 
     def load(self, folder: Path | Place, name: str, parts: Sequence[str] | None, dtype: torch.dtype, vae: str | None = None, variant: str | None = None,
-             key: str = ...) -> Models:
-        """Reads the named parts (None: all), frozen and in eval mode, on the CPU in `dtype` (the VAE in fp32); errors name `key`."""
+             key: str = ..., outlines: Sequence[str] = ()) -> Models:
+        """Reads the named parts (None: all), frozen and in eval mode, on the CPU in `dtype` (the VAE in fp32); errors name `key`.
+
+        outlines: parts of which everything but the weights' values is wanted now (`Models.read` gets these later). They are checked all the same.
+        """
 
     def check(self, folder: Path | Place, parts: Sequence[str] = ..., vae: str | None = None, key: str = ...) -> None:
         """ConfigError that names every missing file of the parts."""

@@ -34,15 +34,18 @@ class ClipUnet:
         return (*(component.name for component in self.components), "vae")
 
     def load(self, folder: Path | Place, name: str, parts: Sequence[str] | None = None, dtype: torch.dtype = torch.float32,
-             vae: str | None = None, variant: str | None = None, key: str = MODEL_KEY) -> Models:
-        """Reads the named parts (None: all) and the tokenizers, frozen and in eval mode, on the CPU in `dtype` (the VAE in fp32)."""
+             vae: str | None = None, variant: str | None = None, key: str = MODEL_KEY, outlines: Sequence[str] = ()) -> Models:
+        """Reads the named parts (None: all) and the tokenizers, frozen and in eval mode, on the CPU in `dtype` (the VAE in fp32); of `outlines` all but the values."""
         place, parts = open_place(folder), self.parts if parts is None else parts
         self.check(place, parts, vae, key)
-        modules = {part: self._load_part(place, part, dtype, vae, variant, key) for part in parts}
-        for module in modules.values():
-            module.requires_grad_(False).eval()
-        models = Models(self, place.path, name, modules, self._tokenizers(place, key), place.config("scheduler"))
-        if "vae" in modules:  # what latents need of the VAE outlives it
+        models = Models(self, place.path, name, {}, self._tokenizers(place, key), place.config("scheduler"))
+        for part in parts:
+            if part in outlines:
+                models.modules[part], models.unread[part] = place.outline(self._kind(part), part, dtype, variant, key)
+            else:
+                models.modules[part] = self._load_part(place, part, dtype, vae, variant, key)
+            models.modules[part].requires_grad_(False).eval()
+        if "vae" in models.modules:  # what latents need of the VAE outlives it
             models.extra["latent_shift"], models.extra["latent_scale"] = latent_affine(models.vae.config)
             self._check_channels(models, key)
         models.extra.update(self._extras(place))
@@ -85,14 +88,17 @@ class ClipUnet:
         return {name: place.tokenizer(CLIPTokenizer, name, key) for name in self._tokenizer_names()}
 
     def _load_part(self, place: Place, part: str, dtype: torch.dtype, vae: str | None, variant: str | None, key: str) -> torch.nn.Module:
+        if part == "vae" and vae:
+            return load_vae(self._kind(part), vae, place, torch.float32, keys_for(key).vae)
+        return place.load(self._kind(part), part, torch.float32 if part == "vae" else dtype, variant, key)
+
+    def _kind(self, part: str) -> type:
+        """The class of a part."""
         import diffusers
         import transformers
 
-        if part == "vae" and vae:
-            return load_vae(diffusers.AutoencoderKL, vae, place, torch.float32, keys_for(key).vae)
         kinds = {"vae": diffusers.AutoencoderKL, "unet": diffusers.UNet2DConditionModel}
-        kind = kinds.get(part) or getattr(transformers, self.text_kinds[part])
-        return place.load(kind, part, torch.float32 if part == "vae" else dtype, variant, key)
+        return kinds.get(part) or getattr(transformers, self.text_kinds[part])
 
     def latent_geometry(self, folder: Path | Place) -> tuple[int, int]:
         """(pixels per latent cell and side, latent channels) from the VAE's config; 8 and 4 for every published model."""

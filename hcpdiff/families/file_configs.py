@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .file_kind import SD1, SD2, Kind, Shapes
-from .ldm_names import DIFFUSERS_VAE, HUGGINGFACE
+from .ldm_names import DIFFUSERS, HUGGINGFACE
 from .source import read_json
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -103,7 +103,7 @@ def _heads(width: int, what: str) -> int:
 
 
 def _vae(kind: Kind, style: str, shapes: _Shapes, template: Mapping[str, Any]) -> dict[str, Any]:
-    down, block = ("down_blocks", "resnets") if style == DIFFUSERS_VAE else ("down", "block")
+    down, block = ("down_blocks", "resnets") if style == DIFFUSERS else ("down", "block")
     count = shapes.count(rf"encoder\.{down}\.(\d+)\.")
     if not count:
         raise ConfigError(f"the vae has no encoder.{down}.0: the file is damaged, or of another kind.")

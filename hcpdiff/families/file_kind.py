@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .ldm_names import DIFFUSERS_VAE, HUGGINGFACE, LDM_UNET, LDM_VAE, OPEN_CLIP
+from .ldm_names import DIFFUSERS, HUGGINGFACE, LDM_UNET, LDM_VAE, OPEN_CLIP
 
 Shapes = Mapping[str, tuple[int, ...]]
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -34,7 +34,7 @@ SDXL = Kind("sdxl", "Stable Diffusion XL", "StableDiffusionXLPipeline", {
     "text_encoder_2": (("conditioner.embedders.1.model.", OPEN_CLIP), ("conditioner.embedders.1.transformer.text_model.", HUGGINGFACE))})
 
 VAE_LAYOUTS = (  # of a file that holds a VAE, by a name that only this layout has: prefix, style
-    (f"{VAE}encoder.conv_in.weight", VAE, LDM_VAE), ("encoder.down_blocks.0.resnets.0.conv1.weight", "", DIFFUSERS_VAE), ("encoder.down.0.block.0.conv1.weight", "", LDM_VAE),
+    (f"{VAE}encoder.conv_in.weight", VAE, LDM_VAE), ("encoder.down_blocks.0.resnets.0.conv1.weight", "", DIFFUSERS), ("encoder.down.0.block.0.conv1.weight", "", LDM_VAE),
 )
 
 # What files on the usual sites hold beside Stable Diffusion models: a pattern of names -> what it is called. The first that fits is told.

@@ -11,7 +11,7 @@ from typing import Any
 
 from .unet_names import UnetPlan, unet_modules
 
-HUGGINGFACE, OPEN_CLIP, LDM_VAE, DIFFUSERS_VAE, LDM_UNET = "huggingface", "open_clip", "ldm_vae", "diffusers_vae", "ldm_unet"
+HUGGINGFACE, OPEN_CLIP, LDM_VAE, DIFFUSERS, LDM_UNET = "huggingface", "open_clip", "ldm_vae", "diffusers", "ldm_unet"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def sources(style: str, parameters: Iterable[str], config: Mapping[str, Any]) ->
         modules = unet_modules(unet_plan(config))
         return {parameter: _unet(parameter, modules) for parameter in parameters}
     blocks = len(config.get("block_out_channels", ()))
-    name = {HUGGINGFACE: _huggingface, OPEN_CLIP: _open_clip, LDM_VAE: lambda parameter: _vae(parameter, blocks), DIFFUSERS_VAE: lambda parameter: (Source(parameter),)}[style]
+    name = {HUGGINGFACE: _huggingface, OPEN_CLIP: _open_clip, LDM_VAE: lambda parameter: _vae(parameter, blocks), DIFFUSERS: lambda parameter: (Source(parameter),)}[style]
     return {parameter: name(parameter) for parameter in parameters}
 
 

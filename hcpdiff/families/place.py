@@ -11,14 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, HCPError
 from . import vae_file
+from .ldm_names import DIFFUSERS
 from .single_file import SingleFile, keys_for
 from .source import MODEL_KEY, check_complete, find_part, load_or_fault, load_whole, parts_of, read_index, read_json
+from .weight_file import diffusers_weights
 
 if TYPE_CHECKING:
     from torch import dtype as Dtype
     from torch import nn
+
+    from .read_parts import Reader
 
 
 @runtime_checkable
@@ -51,6 +55,9 @@ class Place(Protocol):
 
     def load(self, kind: type, part: str, dtype: Dtype, variant: str | None = None, key: str = MODEL_KEY) -> nn.Module:
         """The part as a module of this class, on the CPU in `dtype`; ConfigError where a weight is missing, left over, or of another shape."""
+
+    def outline(self, kind: type, part: str, dtype: Dtype, variant: str | None = None, key: str = MODEL_KEY) -> tuple[nn.Module, Reader]:
+        """The part as `load` gives it, checked all the same, but with its parameters on meta (unless it had to be read whole), and what reads them."""
 
     def tokenizer(self, kind: type, part: str = "tokenizer", key: str = MODEL_KEY) -> Any:
         """The tokenizer of this name."""
@@ -97,6 +104,19 @@ class Folder:
     def load(self, kind: type, part: str, dtype: Dtype, variant: str | None = None, key: str = MODEL_KEY) -> nn.Module:
         """By the library's from_pretrained, refused where the files do not hold every weight."""
         return load_whole(kind, self.path / part, key, options_for(kind, dtype) | ({"variant": variant} if variant is not None else {}))
+
+    def outline(self, kind: type, part: str, dtype: Dtype, variant: str | None = None, key: str = MODEL_KEY) -> tuple[nn.Module, Reader]:
+        """From the header of the safetensors file that the library would read, where it holds every weight under its own name; anything else is left to the library."""
+        from .read_parts import move, outline
+
+        try:
+            weights, config = diffusers_weights(self.path / part, variant), self.config(part)
+            if weights and "quantization_config" not in config:
+                names = {name: name for name in weights.shapes}
+                return outline(kind, config, DIFFUSERS, weights, names, dtype, f"{key}: {self.path / part}")
+        except HCPError:  # older names, or a fault, which the library tells
+            pass
+        return self.load(kind, part, dtype, variant, key), move
 
     def tokenizer(self, kind: type, part: str = "tokenizer", key: str = MODEL_KEY) -> Any:
         """From its folder."""

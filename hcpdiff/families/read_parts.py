@@ -1,6 +1,9 @@
-"""Modules from a file of tensors: every parameter is looked up by its name there, read, cast and put in its place; nothing is held twice."""
+"""Modules from a file of tensors: every parameter is looked up by its name there, read, cast and put in its place; nothing is held twice.
 
-from collections.abc import Mapping
+A part can be made in two steps: its outline, of which everything but the values is known and checked, and the reading of these, when there is room for them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,9 +15,21 @@ from .weight_file import WeightFile
 
 MOST_NAMED = 3
 
+Keep = Callable[[str, Tensor], Tensor]  # name, weight -> what is kept of it, such as fewer bits
+Reader = Callable[[nn.Module, torch.device, Keep | None], None]  # puts the weights of an outline on a device, one by one
+CPU = torch.device("cpu")
+
 
 def read_part(kind: type, config: Mapping[str, Any], style: str, weights: WeightFile, names: Mapping[str, str], dtype: torch.dtype, where: str, unused: str = "") -> nn.Module:
-    """A module of class `kind` in `dtype` on the CPU.
+    """A module of class `kind` in `dtype` on the CPU; arguments and errors as of `outline`."""
+    module, read = outline(kind, config, style, weights, names, dtype, where, unused)
+    read(module, CPU, None)
+    return module
+
+
+def outline(kind: type, config: Mapping[str, Any], style: str, weights: WeightFile, names: Mapping[str, str], dtype: torch.dtype, where: str,
+            unused: str = "") -> tuple[nn.Module, Reader]:
+    """The module of class `kind`, frozen, its parameters in `dtype` on meta, and what reads them. Adapters may be laid on it before.
 
     names: name in the part -> name in the file, all of the part's; unused: beginning of names that may be left over. ConfigError, beginning with `where`, names what is missing,
     left over or of another shape.
@@ -26,8 +41,31 @@ def read_part(kind: type, config: Mapping[str, Any], style: str, weights: Weight
               for name, source in found.items() if not _fits(_shape(weights.shapes[names[source.name]], source), wanted[name])]
     if faults:
         raise ConfigError(faults[:MOST_NAMED] + ([f"{where}: … and {len(faults) - MOST_NAMED} more weights of another shape"] if len(faults) > MOST_NAMED else []))
-    module.load_state_dict(_read(found, wanted, weights, names, dtype), strict=True, assign=True)
-    return module.requires_grad_(False).eval()
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+    def read(module: nn.Module, device: torch.device, keep: Keep | None) -> None:
+        for name, tensor in _read(found, wanted, weights, names, dtype, device):
+            set_weight(module, name, keep(name, tensor) if keep else tensor)
+
+    return module.requires_grad_(False).eval(), read
+
+
+def move(module: nn.Module, device: torch.device, keep: Keep | None) -> None:
+    """A `Reader` of a module whose weights are there already."""
+    for name, parameter in module.named_parameters():
+        tensor = parameter.data.to(device)
+        set_weight(module, name, keep(name, tensor) if keep else tensor)
+
+
+def set_weight(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Puts a tensor in the place of a parameter or buffer."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+    else:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=owner._parameters[leaf].requires_grad)
 
 
 def empty(kind: type, config: Mapping[str, Any], where: str) -> nn.Module:
@@ -72,8 +110,9 @@ def _by(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "a scalar"
 
 
-def _read(found: Mapping[str, Source], wanted: Mapping[str, tuple[int, ...]], weights: WeightFile, names: Mapping[str, str], dtype: torch.dtype) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
+def _read(found: Mapping[str, Source], wanted: Mapping[str, tuple[int, ...]], weights: WeightFile, names: Mapping[str, str], dtype: torch.dtype,
+          device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """(parameter, its value in memory of torch's own, which is aligned: sums depend on that in their last bits), one after the other."""
     last: tuple[str, Tensor] | None = None  # q, k and v come from one tensor, one after the other
     for name, source in sorted(found.items(), key=lambda item: (item[1].name, item[0])):
         if last is None or last[0] != source.name:
@@ -83,5 +122,4 @@ def _read(found: Mapping[str, Source], wanted: Mapping[str, tuple[int, ...]], we
             rows = len(tensor) // 3
             tensor = tensor[source.third * rows : (source.third + 1) * rows]
         tensor = (tensor.T if source.turned else tensor).reshape(wanted[name])
-        state[name] = torch.empty(wanted[name], dtype=dtype).copy_(tensor)  # torch's own memory is aligned, and sums depend on that in their last bits
-    return state
+        yield name, torch.empty(wanted[name], dtype=dtype, device=device).copy_(tensor)

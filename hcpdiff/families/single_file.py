@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import dtype as Dtype
     from torch import nn
 
+    from .read_parts import Reader
+
 PAD_ZERO = "!"  # token 0, with which open_clip's encoders were trained
 NEEDED = ("unet", "text_encoder", "text_encoder_2", "vae")
 
@@ -178,10 +180,18 @@ class SingleFile:
 
     def load(self, kind: type, part: str, dtype: Dtype, variant: str | None = None, key: str = MODEL_KEY) -> nn.Module:
         """The part, read tensor by tensor; ConfigError where a weight is missing, left over or of another shape."""
-        from .read_parts import read_part
+        from .read_parts import CPU
+
+        module, read = self.outline(kind, part, dtype, variant, key)
+        read(module, CPU, None)
+        return module
+
+    def outline(self, kind: type, part: str, dtype: Dtype, variant: str | None = None, key: str = MODEL_KEY) -> tuple[nn.Module, Reader]:
+        """As load, without the weights' values, and what reads them."""
+        from .read_parts import outline
 
         style = self._layout(part)[1]
-        return read_part(kind, self.config(part), style, self.weights, self.names(part), dtype, f"{key}: the {part} of {self.path}", self._unused(part))
+        return outline(kind, self.config(part), style, self.weights, self.names(part), dtype, f"{key}: the {part} of {self.path}", self._unused(part))
 
     def _unused(self, part: str) -> str:
         """Beginning of the names in a part that its model leaves out."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.safetensors_header import Header, read_header
 from ..errors import CheckpointError
+from .source import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +54,24 @@ class WeightFile:
                 file.seek(self.header.payload + max(entry.begin, (entry.begin + entry.end - SAMPLE) // 2))
                 digest.update(file.read(min(SAMPLE, entry.end - entry.begin)))
         return digest.hexdigest()
+
+
+class Shards(WeightFile):
+    """The safetensors files that an index (`path`) names, as one."""
+
+    @cached_property
+    def _files(self) -> dict[str, WeightFile]:
+        files = {name: WeightFile(self.path.parent / name) for name in sorted(set(read_json(self.path)["weight_map"].values()))}
+        return {name: file for file in files.values() for name in file.shapes}
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """name -> shape."""
+        return {name: file.shapes[name] for name, file in self._files.items()}
+
+    def tensor(self, name: str) -> "Tensor":
+        """One tensor, owned by the caller, as it is stored."""
+        return self._files[name].tensor(name)
 
 
 class PickleFile(WeightFile):
@@ -104,6 +123,13 @@ class PickleFile(WeightFile):
 def _is_zip(path: Path) -> bool:
     with open(path, "rb") as file:
         return file.read(4) == b"PK\x03\x04"
+
+
+def diffusers_weights(folder: Path, variant: str | None) -> WeightFile | None:
+    """The safetensors weights that diffusers would read of a part's folder: its shards, or its file; None where there are none."""
+    dotted = f".{variant}" if variant else ""
+    index, file = folder / f"diffusion_pytorch_model.safetensors.index{dotted}.json", folder / f"diffusion_pytorch_model{dotted}.safetensors"
+    return Shards(index) if index.is_file() else WeightFile(file) if file.is_file() else None
 
 
 def open_weights(path: Path) -> WeightFile:

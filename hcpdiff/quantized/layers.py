@@ -1,6 +1,6 @@
 """Which weights of a model are kept in few bits, and as what."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,10 +40,15 @@ class Plan:
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
         """Puts them in the place of a loaded model's dense weights, one after the other."""
-        for name, code in self.codes(model).items():
+        keep = self.keeper(model)
+        for name in self.codes(model):
             path, _, leaf = name.rpartition(".")
-            layer, weight = model.get_submodule(path), model.get_parameter(name)
-            setattr(layer, leaf, nn.Parameter(Quantized.of(weight, code, weight.dtype), requires_grad=False))
+            setattr(model.get_submodule(path), leaf, nn.Parameter(keep(name, model.get_parameter(name)), requires_grad=False))
+
+    def keeper(self, model: nn.Module) -> Callable[[str, Tensor], Tensor]:
+        """(parameter's name, weight) -> what is kept of it, for a model whose weights are read one by one; it may be on meta now."""
+        codes = self.codes(model)
+        return lambda name, weight: Quantized.of(weight, codes[name], weight.dtype) if name in codes else weight
 
 
 def stored_bytes(model: nn.Module) -> int:

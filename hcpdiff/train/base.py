@@ -38,13 +38,17 @@ class BaseModel:
         self.marks: dict[str, str] = {}
 
     def load(self, dtype: torch.dtype, allow: Sequence[str]) -> Models:
-        """Reads every part; `marks` hold part -> digest of its weights from then on."""
-        self.models = self.family.load(self.place, self._name(), None, dtype, self.config.vae, self.config.variant)
-        if self.quantization:
-            self.quantization.apply(self.models.modules[denoiser_of(self.family).name])
+        """Reads every part, of the denoiser the outline (`Models.read` gets its weights); `marks` hold part -> digest of its weights from then on."""
+        self.models = self.family.load(self.place, self._name(), None, dtype, self.config.vae, self.config.variant, outlines=[denoiser_of(self.family).name])
         self._set_scheduler(allow)
         self.marks = {component.name: self.place.mark(component.name) for component in self.family.components} | {"vae": fingerprint(self.models.vae)}
         return self.models
+
+    def read(self, name: str, device: torch.device) -> None:
+        """Puts a part on the device; the denoiser's weights are read now, one by one, and kept in few bits where the config says so."""
+        part = self.models.modules[name]
+        keep = self.quantization.keeper(part) if self.quantization and name == denoiser_of(self.family).name else None
+        self.models.read(name, device, keep)
 
     @property
     def quantization(self) -> Plan | None:

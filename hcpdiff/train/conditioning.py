@@ -1,14 +1,20 @@
-"""Prompts -> conditioning: encoded ahead once an epoch while the text encoder is frozen, encoded in the step while it learns."""
+"""Prompts -> conditioning: encoded ahead while the text encoder is frozen, encoded in the step while it learns."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
+from ..data.dataset import TrainData
 from ..data.text_cache import TextCache
 from ..device import send
 from ..errors import ConfigError
-from ..families.base import Conditioning, Models
+from ..families.base import Conditioning, Models, text_components
 from .trainer import Hook
+
+BLANK = ""  # what the probe before the first step of a GPU asks for
+HELD = 2**31  # bytes of encoded prompts: of one chunk some 9000 of SD1.x in fp32, 6700 of SDXL in half precision
 
 
 class Encoder:
@@ -23,26 +29,51 @@ class Encoder:
 
 
 class FrozenText(Hook):
-    """Conditioning from a cache on the CPU that holds an epoch's distinct prompts; what is not there is encoded when asked for."""
+    """Conditioning that was encoded ahead and is kept on the CPU: the prompts of the coming steps, as many as `held` bytes hold. Often that is the whole run's, and the text
+    encoders can be let go (`whole`); else the steps after them come when the first of these asks, and between such times the encoders wait on the CPU."""
 
-    def __init__(self, encode: Encoder, epoch_prompts: Callable[[Sequence], list[str]], device: torch.device):
-        self.encode, self.epoch_prompts = encode, epoch_prompts
-        self.device = device
-        self.cache = TextCache(self._items, batch_size=1 if device.type == "cpu" else 16)
+    def __init__(self, encode: Encoder, data: TrainData, device: torch.device, held: int = HELD):
+        self.encode, self.data, self.device, self.held, self.whole = encode, data, device, held, False
+        self.batch = 1 if device.type == "cpu" else 16
+        self.cache, self.trainer = TextCache(self._items, self.batch), None
 
     @torch.no_grad()
     def _items(self, prompts: list[str]) -> list[Conditioning]:
-        cond = self.encode(prompts).to("cpu")
+        """Always of as many prompts as a batch holds: a GPU's last bits depend on the number of rows, and so would on where a run was resumed."""
+        cond = self.encode(prompts + prompts[-1:] * (self.batch - len(prompts))).to("cpu")
         lost = [prompt for prompt, hidden in zip(prompts, cond.hidden) if not hidden.isfinite().all()]
         if lost:
             raise ConfigError([f"the text encoder gives values that are not finite for {prompt!r}, in {cond.hidden.dtype}. Set mixed_precision: fp32, or use another base model."
                                for prompt in lost])
-        return [cond.select(slice(i, i + 1)) for i in range(len(prompts))]
+        return [cond.select(slice(i, i + 1)).clone() for i in range(len(prompts))]
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """The text encoders on the device inside, and on the CPU after."""
+        modules = [self.encode.models.modules[component.name] for component in text_components(self.encode.models.family)]
+        for module in modules:
+            module.to(self.device)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.to("cpu")
+
+    def ahead(self, positions: Sequence, steps: int, progress: Callable[[int, int], Any] | None = None) -> None:
+        """Encodes what the next `steps` steps from `positions` ask for, as far as it may be held; `whole` says whether that was all."""
+        probed = [] if self.device.type == "cpu" else [BLANK]
+        with self.working():
+            first = self.data.prompts_ahead(positions, 1, 1)[0][0]
+            self.cache.fill([first], keep=True)
+            prompts, self.whole = self.data.prompts_ahead(positions, steps, self.held // self.cache.items[first].nbytes)
+            self.cache.fill([*probed, *prompts], progress=progress)
 
     def on_epoch_begin(self, trainer, epoch: int) -> None:
-        """Encodes what the epoch will ask for."""
-        self.cache.fill(self.epoch_prompts(trainer.state.positions))
+        """Notes who knows where the run stands."""
+        self.trainer = trainer
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        if not all(prompt in self.cache for prompt in prompts):
+            self.ahead(self.trainer.state.positions, self.trainer.total_steps - self.trainer.state.step)
         cond = Conditioning.cat(self.cache.get(list(prompts)))
         return Conditioning(send(cond.hidden, self.device), None if cond.pooled is None else send(cond.pooled, self.device))

@@ -1,4 +1,4 @@
-"""Latents are encoded once, before the first step; what is not needed any more is let go."""
+"""Latents are encoded once, before the first step; then the VAE is let go."""
 
 import time
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from ..data.dataset import TrainData
-from ..device import send
+from ..device import release, send
 from ..families.base import Models
 from .parallel import Parallel
 
@@ -17,11 +17,12 @@ def cache_latents(data: TrainData, models: Models, mark: str, parallel: Parallel
     """Fills the cache of every dataset that has one; each process does its share. keep_vae: for previews, which fetch it from the CPU when they draw."""
     models.vae.to(parallel.device)
     exchange = parallel.gather if parallel.world > 1 else None
-    data.cache_latents(_encoder(models, parallel.device), mark, parallel.rank, parallel.world, exchange, _Telling(say))
+    data.cache_latents(_encoder(models, parallel.device), mark, parallel.rank, parallel.world, exchange, Telling("latents", say, "images"))
     if data.all_cached:
         models.vae.to("cpu")
         if not keep_vae:
             models.drop("vae")
+        release()
 
 
 def _encoder(models: Models, device: torch.device) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
@@ -32,14 +33,14 @@ def _encoder(models: Models, device: torch.device) -> Callable[[torch.Tensor], t
     return encode
 
 
-class _Telling:
+class Telling:
     """A line every few seconds, and one at the end."""
 
-    def __init__(self, say: Callable[[str], None]):
-        self.say, self.said = say, time.monotonic()
+    def __init__(self, what: str, say: Callable[[str], None], unit: str = "encoded"):
+        self.what, self.say, self.unit, self.said = what, say, unit, time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if done == total or now - self.said > EVERY:
             self.said = now
-            self.say(f"latents: {done}/{total} images")
+            self.say(f"{self.what}: {done}/{total} {self.unit}")

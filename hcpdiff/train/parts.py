@@ -31,9 +31,9 @@ def make_gradients(groups: Sequence[ParamGroup], cfg: RunConfig, parallel: Paral
 
 
 def make_step(base: BaseModel, cfg: RunConfig, data: TrainData, frozen: bool, device: torch.device, dtype: torch.dtype) -> tuple[DenoisingStep, FrozenText | None]:
-    """The step, and the hook that encodes an epoch's prompts ahead where the text encoder is frozen."""
+    """The step, and the hook that encodes prompts ahead where the text encoder is frozen."""
     encode, loss = Encoder(base.models, cfg.model.tokenizer_repeats, cfg.model.clip_skip), cfg.train.loss
-    text = FrozenText(encode, data.epoch_prompts, device) if frozen else None
+    text = FrozenText(encode, data, device) if frozen else None
     step = DenoisingStep(base.models, base.objective(cfg.train), make_loss(loss.type, loss.delta), text or encode, device, dtype, cfg.train.noise_offset, loss.min_snr_gamma)
     return step, text
 

@@ -26,25 +26,31 @@ def check_previews(models: Models, cfg: RunConfig) -> None:
         check_preview(models, cfg.preview)
 
 
-class Drawing:
-    """Draws this process's share. `size`: (width, height) where the config names none. `frozen`: whether the text encoder stays as it is, and says the same of a
-    prompt every time. A signal that asks to stop ends it with an HCPError."""
+def encode_ahead(models: Models, cfg: RunConfig):
+    """The preview's prompts as a frozen text encoder will say them every time; None without previews."""
+    if not cfg.preview.prompts:
+        return None
+    from ..vis.preview import encode_preview_prompts
 
-    def __init__(self, models: Models, cfg: RunConfig, size: tuple[int, int], frozen: bool, parallel: Parallel, stop: StopRequest):
-        self.models, self.cfg, self.size, self.frozen = models, cfg, size, frozen
-        self.share, self.stop, self.prompts = (parallel.rank, parallel.world), stop, None
+    return encode_preview_prompts(models, cfg.preview, cfg.model.clip_skip)
+
+
+class Drawing:
+    """Draws this process's share. `size`: (width, height) where the config names none. `prompts`: encoded ahead, where the text encoder stays as it is.
+    A signal that asks to stop ends it with an HCPError."""
+
+    def __init__(self, models: Models, cfg: RunConfig, size: tuple[int, int], prompts, parallel: Parallel, stop: StopRequest):
+        self.models, self.cfg, self.size, self.prompts = models, cfg, size, prompts
+        self.share, self.stop = (parallel.rank, parallel.world), stop
 
     def __call__(self) -> list:
         with eagerly(self.cfg.model.compile):
             return self._draw()
 
     def _draw(self) -> list:
-        from ..vis.preview import draw_previews, encode_preview_prompts
+        from ..vis.preview import draw_previews
 
-        preview, clip_skip = self.cfg.preview, self.cfg.model.clip_skip
-        prompts = self.prompts or encode_preview_prompts(self.models, preview, clip_skip)
-        self.prompts = prompts if self.frozen else None
-        return draw_previews(self.models, self.models.family, preview, width=self.size[0], height=self.size[1], prompts=prompts, clip_skip=clip_skip,
+        return draw_previews(self.models, self.models.family, self.cfg.preview, width=self.size[0], height=self.size[1], prompts=self.prompts, clip_skip=self.cfg.model.clip_skip,
                              share=self.share, between=self._give_up_on_a_signal)
 
     def _give_up_on_a_signal(self) -> None:

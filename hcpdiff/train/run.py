@@ -16,7 +16,7 @@ from ..data.dataset import build_train_data
 from ..data.fingerprint import fingerprint as data_fingerprint
 from ..data.plan import Position
 from ..errors import ConfigError, HCPError, Interrupted, collect
-from ..families.base import denoiser_of
+from ..families.base import DENOISER, denoiser_of, text_components
 from ..loggers import LoggerGroup
 from ..trainables.lora import lay_groups
 from . import report
@@ -26,11 +26,11 @@ from .export import WebuiExport, check_export
 from .export_facts import export_facts
 from .hooks import LogHook
 from .init import check_places, start_from_files
-from .latents import cache_latents
+from .latents import Telling, cache_latents
 from .parallel import Parallel
 from .parts import learns_text, make_gradients, make_lr_factor, make_optimizer, make_shadow, make_step
 from .place import RunPlace
-from .previews import Drawing, PreviewHook, check_previews
+from .previews import Drawing, PreviewHook, check_previews, encode_ahead
 from .probe import probe
 from .save import SaveHook, SavePolicy
 from .signals import StopRequest
@@ -67,7 +67,8 @@ class Run:
             self._attach_adapters()
             trainer = self._build_trainer()
             self._report(trainer.state.step)
-            self._cache()
+            self._cache(trainer)
+            self._place_models()
             with self.stop.patiently():  # from here on there is something to keep: a step is finished and saved
                 self._make_folder(trainer.state.step)
                 trainer.hooks += self._hooks()
@@ -192,10 +193,10 @@ class Run:
         self._compare()
         train, self.total_steps, self.frozen = self.cfg.train, self._length(), not learns_text(self.trainables)
         groups = [group for trainable in self.trainables for group in trainable.param_groups()]
-        step, text = make_step(self.base, self.cfg, self.data, self.frozen, self.device, self.dtype)
+        step, self.text = make_step(self.base, self.cfg, self.data, self.frozen, self.device, self.dtype)
         trainer = Trainer(
             feed=self.data, loss=step.losses, gradients=make_gradients(groups, self.cfg, self.parallel), optimizer=make_optimizer(groups, self.cfg, self.parallel.world, self.allow),
-            lr_factor=make_lr_factor(train, self.total_steps, self.allow), parallel=self.parallel, hooks=[text] if text else [], total_steps=self.total_steps,
+            lr_factor=make_lr_factor(train, self.total_steps, self.allow), parallel=self.parallel, hooks=[self.text] if self.text else [], total_steps=self.total_steps,
             max_grad_norm=train.max_grad_norm, max_nonfinite=train.max_nonfinite, fp16=self.dtype == torch.float16,
             shadow=make_shadow(self.trainables, self.cfg, self.dtype))
         trainer.state.positions = self.data.plan.start_of(0)
@@ -225,13 +226,27 @@ class Run:
         self.data.token_limit = 75 * self.cfg.model.tokenizer_repeats
         self.data.report(report.Printer(self.log))
 
-    def _cache(self) -> None:
-        """Latents are encoded once; then the models go to the device."""
+    def _cache(self, trainer: Trainer) -> None:
+        """Latents and prompts are encoded once, and what encodes them is let go, before the weights of the denoiser are read."""
         self.phase = "encoding latents"
         cache_latents(self.data, self.models, self.base.marks["vae"], self.parallel, bool(self.cfg.preview.prompts), self.log.say)
-        self.phase = "moving the model to the device"
+        self.preview_prompts = None
+        if self.text is None:
+            return
+        self.phase = "encoding prompts"
+        with self.text.working():
+            self.preview_prompts = encode_ahead(self.models, self.cfg)
+        self.text.ahead(trainer.state.positions, self.total_steps - trainer.state.step, Telling("prompts", self.log.say))
+        if self.text.whole:
+            self.models.drop(*(component.name for component in text_components(self.base.family)))
+        machine.release()
+
+    def _place_models(self) -> None:
+        """What is trained or learnt from goes to the device; a text encoder that encodes between the epochs only is not among it."""
+        self.phase = "reading the model"
         for component in self.base.family.components:
-            self.models.modules[component.name].to(self.device)
+            if component.role == DENOISER or self.text is None:
+                self.base.read(component.name, self.device)
 
     # -- the folder and what is made in it --------------------------------------------------------------------------------------------
 
@@ -246,7 +261,7 @@ class Run:
         log = LogHook(self.log, self.cfg.train.log_step, self.data.steps_per_epoch)
         saving, previews = [self._save_hook(log)] if self.parallel.main else [], []
         if self.cfg.preview.prompts:
-            drawing = Drawing(self.models, self.cfg, self.data.first_size(), self.frozen, self.parallel, self.stop)
+            drawing = Drawing(self.models, self.cfg, self.data.first_size(), self.preview_prompts, self.parallel, self.stop)
             previews.append(PreviewHook(drawing, self.folder, self.cfg.preview.every, self.log, self.parallel))
         covered = self.cfg.train.export.webui and self.cfg.train.export.cover  # what is saved first cannot be lost while pictures are drawn; a cover has to be there before
         return [*([log] if self.parallel.main else []), *(previews + saving if covered else saving + previews)]

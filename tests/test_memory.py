@@ -1,0 +1,217 @@
+"""What a run holds of its base model, and when: one part after the other, nothing twice, and what is not needed any more not at all."""
+
+import gc
+import json
+import shutil
+import weakref
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from single_models import make_parts, save_single
+from test_run import CONFIG, train  # noqa: F401 - the fixture
+from transformers import CLIPTextModel
+
+from hcpdiff.adapters.base import adapted_layers
+from hcpdiff.config.load import load
+from hcpdiff.config.schema import LoraGroup, RunConfig
+from hcpdiff.errors import ConfigError
+from hcpdiff.families import detect
+from hcpdiff.families.base import Models
+from hcpdiff.families.weight_file import WeightFile
+from hcpdiff.train.conditioning import FrozenText
+from hcpdiff.train.parallel import Parallel
+from hcpdiff.train.run import Run
+from hcpdiff.train.trainer import Hook
+from hcpdiff.trainables.lora import lay_groups
+
+CPU, FILE = torch.device("cpu"), "unet/diffusion_pytorch_model.safetensors"
+CAPTIONED = "data.one.source.a.caption_file=images"
+SHUFFLED = "data.one.source.a.tag_shuffle=true"
+
+
+def outline_of(model, dtype=torch.float32, **more) -> Models:
+    return detect(model).load(model, "m", ["unet"], dtype, outlines=["unet"], **more)
+
+
+def whole_of(model, dtype=torch.float32, **more) -> dict:
+    return detect(model).load(model, "m", ["unet"], dtype, **more).unet.state_dict()
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+def sharded(folder, parts: int = 3) -> None:
+    """A folder's UNet in several files, as the hub has large ones."""
+    tensors = load_file(folder / FILE)
+    (folder / FILE).unlink()
+    names = {name: f"diffusion_pytorch_model-{i % parts + 1:05}-of-{parts:05}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(names.values()):
+        save_file({name: tensors[name] for name in names if names[name] == file}, folder / "unet" / file)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}), "utf-8")
+
+
+# ---- outlines ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form,dtype", [("folder", torch.float32), ("half", torch.float32), ("shards", torch.float16), ("variant", torch.bfloat16),
+                                        ("single file", torch.bfloat16), ("pickle", torch.float32)])
+def test_an_outline_that_was_read_later_is_the_model_that_is_loaded_at_once(tiny_sd1, tmp_path, form, dtype):
+    model, more = tmp_path / "model", {}
+    shutil.copytree(tiny_sd1, model)
+    if form == "half":
+        save_file({name: tensor.half() for name, tensor in load_file(model / FILE).items()}, model / FILE)
+    elif form == "shards":
+        sharded(model)
+    elif form == "variant":
+        (model / FILE).rename(model / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+        more = {"variant": "fp16"}
+    elif form == "pickle":
+        torch.save(load_file(model / FILE), model / "unet" / "diffusion_pytorch_model.bin")
+        (model / FILE).unlink()
+    elif form == "single file":
+        model = save_single(tmp_path / "one.safetensors", "sd1", make_parts("sd1"))
+    models = outline_of(model, dtype, **more)
+    assert all(p.is_meta and p.dtype == dtype for p in models.unet.parameters()) == (form != "pickle")
+    models.read("unet", CPU)
+    assert not models.unread and equal(models.unet.state_dict(), whole_of(model, dtype, **more))
+    assert not any(module.training for module in models.unet.modules()) and not any(p.requires_grad for p in models.unet.parameters())
+    assert all(p.data_ptr() % 64 == 0 for p in models.unet.parameters())
+
+
+def test_adapters_are_laid_on_an_outline_and_stay(tiny_sd1):
+    models = outline_of(tiny_sd1)
+    (trainable,) = lay_groups(models, "lora_unet", [LoraGroup(lr=1e-3, layers=["re:.*attn2\\.to_k$"], rank=2)], 1)
+    before = {path: lora.down.clone() for path, lora in trainable.adapters.items()}
+    models.read("unet", CPU)
+    layers = adapted_layers(models.unet)
+    assert layers.keys() == before.keys() and all(torch.equal(layer.adapter.down, before[path]) and layer.adapter.down.requires_grad for path, layer in layers.items())
+    own = {name: tensor for name, tensor in models.unet.state_dict().items() if ".adapter." not in name}
+    assert equal(own, whole_of(tiny_sd1))
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape", "cut short"])
+def test_faults_of_the_weights_are_found_with_the_outline(tiny_sd1, tmp_path, fault):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_sd1, model)
+    tensors = load_file(model / FILE)
+    if fault == "missing":
+        del tensors["conv_in.bias"]
+    elif fault == "shape":
+        tensors["conv_in.bias"] = torch.zeros(3)
+    save_file(tensors, model / FILE)
+    if fault == "cut short":
+        (model / FILE).write_bytes((model / FILE).read_bytes()[:-100])
+    messages = []
+    for read in (outline_of, whole_of):
+        with pytest.raises(ConfigError) as caught:
+            read(model)
+        messages.append(caught.value.faults)
+    assert messages[0] == messages[1]
+
+
+def test_of_a_file_one_tensor_at_a_time_is_held_beside_the_model(tiny_sd1, monkeypatch):
+    real, held, most = WeightFile.tensor, [], [0]
+
+    def tensor(file, name):
+        most[0] = max(most[0], sum(ref() is not None for ref in held))
+        made = real(file, name)
+        held.append(weakref.ref(made.untyped_storage()))
+        return made
+
+    models = outline_of(tiny_sd1, torch.bfloat16)
+    monkeypatch.setattr(WeightFile, "tensor", tensor)
+    models.read("unet", CPU)
+    assert len(held) > 600 and most[0] <= 1
+
+
+# ---- a run ------------------------------------------------------------------------------------------------------------------------------------------
+
+
+class Watched(Run):
+    """Notes which parts there are when the denoiser's weights are read, and after the first step."""
+
+    def _place_models(self):
+        self.held = {name: weakref.ref(module) for name, module in self.models.modules.items()}
+        self.parts = {name: any(p.is_meta for p in module.parameters()) for name, module in self.models.modules.items()}
+        super()._place_models()
+
+    def _load_model(self):
+        super()._load_model()
+        self.all = {name: weakref.ref(module) for name, module in self.models.modules.items()}
+
+    def _hooks(self):
+        note = Hook()
+        note.on_step_end = self._note
+        return [*super()._hooks(), note]
+
+    def _note(self, trainer):
+        gc.collect()
+        self.alive = {name for name, module in self.all.items() if module() is not None}
+
+
+@pytest.fixture
+def watched(train, tmp_path, tiny_sd1):  # noqa: F811
+    """watched('key=value', ...) -> a finished run."""
+    numbers = iter(range(9))
+
+    def go(*overrides):
+        (tmp_path / "cfg.yaml").write_text(CONFIG.format(model=tiny_sd1), encoding="utf-8")
+        for i in range(3):
+            (tmp_path / "images" / f"{i}.txt").write_text(f"caption {i}, red, blue, green", "utf-8")
+        run = Watched(load("cfg.yaml", [f"exp_dir=watched{next(numbers)}", *overrides], RunConfig), Parallel())
+        assert run.train() == 0
+        return run
+
+    return go
+
+
+PREVIEWS = "preview.prompts=[cat]", "preview.num_inference_steps=1"
+WORDS = "lora_text_encoder=[{lr: 1.0, rank: 2, layers: ['re:.*self_attn$']}]"
+
+
+@pytest.mark.parametrize("overrides,left", [
+    ((), {"unet"}), (PREVIEWS, {"unet", "vae"}), ((WORDS,), {"unet", "text_encoder"}), (("data.one.cache_latents=none", "train.workers=0"), {"unet", "vae"})])
+def test_what_encodes_is_gone_before_the_denoiser_is_read(watched, overrides, left):
+    run = watched(*overrides)
+    assert run.parts == {name: name == "unet" for name in left}
+    assert run.alive == left, "what is let go has no other owner"
+
+
+def test_prompts_that_cannot_all_be_held_are_encoded_for_some_steps_at_a_time(watched, monkeypatch):
+    calls, real = [], CLIPTextModel.forward
+    monkeypatch.setattr(CLIPTextModel, "forward", lambda *args, **keys: calls.append(1) or real(*args, **keys))
+    long = CAPTIONED, SHUFFLED, "train.train_steps=4"
+    whole = watched(*long)
+    at_once, bytes_each = len(calls), next(iter(whole.text.cache.items.values())).nbytes
+    calls.clear()
+    monkeypatch.setattr("hcpdiff.train.parts.FrozenText", partial(FrozenText, held=3 * bytes_each))
+    parts = watched(*long)
+    assert whole.alive == {"unet"} and parts.alive == {"unet", "text_encoder"}
+    assert at_once == len(whole.text.cache) > 4 and len(parts.text.cache) <= 4 and at_once <= len(calls) <= at_once + 2
+    saved = [load_file(run.folder / "ckpts" / "unet-4.safetensors") for run in (whole, parts)]
+    assert equal(*saved)
+
+
+def test_prompts_ahead_are_those_of_the_steps(watched):
+    run = watched(CAPTIONED, SHUFFLED, "data.one.source.a.prompt_dropout=0.2")
+    data, start = run.data, run.data.plan.start_of(1)
+
+    def asked(steps):
+        return {prompt for _, (step, _) in zip(range(steps), data.plan.steps(start)) for micro in step.micro for prompt in map(data.maker.prompt, micro.samples)}
+
+    for steps in (1, 2, 7):
+        prompts, whole = data.prompts_ahead(start, steps, 1000)
+        assert whole and set(prompts) == asked(steps) and len(prompts) == len(asked(steps))
+    prompts, whole = data.prompts_ahead(start, 50, 5)
+    assert not whole and any(set(prompts) == asked(steps) for steps in range(1, 9)) and 5 <= len(prompts) <= 6
+
+
+def test_where_an_image_has_one_prompt_a_long_run_is_not_looked_through(watched):
+    run = watched(CAPTIONED)
+    looked, real = [], run.data.maker.prompt
+    run.data.maker.prompt = lambda ref: looked.append(1) or real(ref)
+    prompts, whole = run.data.prompts_ahead(run.data.plan.start_of(0), 10**9, 1000)
+    assert whole and len(prompts) == 3 and len(looked) == 6
