@@ -191,8 +191,9 @@ class DiskStore:
             faults.check()
             self.packs.refresh()
             self._begun.clear()
-            absent = [image for image in images if any(key not in self.packs for key in self.keys(image))]
-            self._fill(absent, encode, writer, faults, lambda count: None, publish=True)  # only where ranks do not share a file system
+            others = [image for image in images if image % world != rank] if exchange else []
+            absent = [image for image in others if any(key not in self.packs for key in self.keys(image))]  # only where ranks do not share a file system
+            self._fill(absent, encode, writer, faults, lambda count: None, publish=True)
         faults.check()
         self._begun.clear()
         self.packs.touch_used()
@@ -244,7 +245,7 @@ class DiskStore:
 
     def _whole(self, image: int, digests: Digests) -> bool:
         background = self.data.source_of(image)[0].bg_color
-        return all(self._entry(entry_key(*digests, view, background, self.vae_id)) is not None for view in self.data.views(image))
+        return all(self.packs.get(entry_key(*digests, view, background, self.vae_id)) is not None for view in self.data.views(image))
 
     def _missing(self, image: int, digests: Digests, loaded: Loaded, encode: Encode) -> list[tuple[bytes, Encoding]]:
         """Encode what was found missing, unless another image or process has brought it meanwhile."""
