@@ -134,7 +134,7 @@ class Lora(Adapter):
     def __init__(self, layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()
         out_width, *in_shape = layer.weight.shape
-        device = "cpu" if layer.weight.is_meta else layer.weight.device  # an outline, whose weights are read later
+        device = layer.weight.device
         self.rank, self.alpha, self.dropout = rank, float(alpha), dropout
         self.shadow: "Shadow | None" = None
         self.down = nn.Parameter(torch.empty(rank, *in_shape, dtype=torch.float32, device=device))

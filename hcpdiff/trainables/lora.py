@@ -74,6 +74,8 @@ class LoraTrainable:
             for path in selection.paths:
                 layer = model.get_submodule(path)
                 lora = Lora(layer, self._rank(group, layer, index), 0.0, group.dropout)
+                if layer.weight.is_meta:  # an outline, whose weights are read later
+                    lora.to_empty(device="cpu")
                 lora.alpha = float(lora.rank if group.alpha is None else group.alpha)
                 draws = generator(seed, "lora", self.component.alias + self.file_path(path)).random(lora.down.shape, dtype="float32")
                 lora.reset(torch.from_numpy(draws))
