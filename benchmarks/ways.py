@@ -7,11 +7,11 @@ floor    the frozen model alone: forward, and backward to the output of every la
 loop     a plain loop with peft's LoRA; latents and text encoded ahead
 example  the same with VAE and text encoder in every step, as diffusers' train_text_to_image_lora has them
 hooks    a layer's forward replaced by one that calls the old one and adds the product of two small Linears, as sd-scripts does
-ours     hcpdiff's adapters, gradient buffer and clipping
+ours     hcpdiff's adapters, half-precision copies of them, gradient buffer, clipping and fused AdamW
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -21,7 +21,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hcpdiff.adapters.base import adapted_layers, detach, put
-from hcpdiff.adapters.lora import Lora
+from hcpdiff.adapters.lora import HALF, Lora
+from hcpdiff.adapters.shadow import Shadow
 from hcpdiff.train.optim import Gradients, optimizer_groups
 from hcpdiff.trainables.lora import ParamGroup
 
@@ -31,7 +32,7 @@ LR, MAX_NORM = 1e-4, 1.0
 
 @dataclass
 class Batch:
-    """What a step trains on. `encode` gives latents and text afresh, for `example`; the rest is as it comes out of caches."""
+    """What a step trains on. `encode` gives latents and text afresh, for `example`; `compiled`: the model's blocks are; the rest is as it comes out of caches."""
 
     noisy: Tensor
     t: Tensor
@@ -39,6 +40,7 @@ class Batch:
     target: Tensor
     added: dict[str, Tensor] | None = None
     encode: Callable[[], tuple[Tensor, Tensor]] | None = None
+    compiled: bool = False
 
     def loss(self, unet: nn.Module, noisy: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
         """Mean squared error in fp32."""
@@ -141,13 +143,16 @@ def ours(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], Tens
         lora = Lora(layer, rank, rank)
         lora.reset(torch.rand_like(lora.down))
         put(layer, lora)
-    group = ParamGroup("unet", LR, tuple(p for layer in adapted_layers(unet).values() for p in layer.adapter.parameters()))
-    gradients, optimizer = Gradients([group], batch.noisy.device), torch.optim.AdamW(optimizer_groups([group], 1.0))
+    loras = [layer.adapter for layer in adapted_layers(unet).values()]
+    shadow = Shadow(loras, batch.noisy.dtype) if batch.noisy.dtype in HALF and not batch.compiled else None
+    group = ParamGroup("unet", LR, tuple(p for lora in loras for p in lora.parameters()))
+    gradients, optimizer = Gradients([group], batch.noisy.device), torch.optim.AdamW(optimizer_groups([group], 1.0), fused=batch.noisy.device.type != "meta")
 
     def step() -> Tensor:
         gradients.clear()
-        loss = batch.loss(unet)
-        loss.backward()
+        with shadow.fresh() if shadow else nullcontext():
+            loss = batch.loss(unet)
+            loss.backward()
         gradients.clip(MAX_NORM)
         optimizer.step()
         return loss.detach()
