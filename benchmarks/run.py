@@ -28,6 +28,7 @@ CPU = {
     "caching": ["caching.py --pixels 256 --images 6 --rounds 3"],
     "drawing": ["drawing.py --pixels 256 --steps 4 --rounds 5"],
     "data": ["data_scale.py --images 25000 100000", "data_scale.py --simulate --images 50000 200000"],
+    "quantized": ["quantized.py --pixels 256 --rounds 3", "quantized.py --model demo/model --pixels 64"],
 }
 CUDA = {
     "step": [f"step.py --family {family} --pixels {pixels} --batch {batch} --dtype bf16 --ways floor loop hooks ours --rounds 7{more}"
@@ -35,6 +36,7 @@ CUDA = {
     "loop": ["loop.py --pixels 512 --batch 1", "loop.py --pixels 512 --batch 8"],
     "caching": ["caching.py --dtype bf16 --pixels 512 --images 192 --rounds 3"],
     "drawing": [f"drawing.py --dtype {dtype} --pixels 512 --steps 20 --pictures 8 --batch {batch}" for dtype in ("fp32", "fp16") for batch in (1, 4)],
+    "quantized": [f"quantized.py --family {family} --pixels {pixels} --batch {batch} --dtype bf16" for family, pixels in (("sd1", 512), ("sdxl", 1024)) for batch in (1, 8)],
 }
 
 

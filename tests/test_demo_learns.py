@@ -57,3 +57,10 @@ def test_strength_zero_is_the_base_model_bit_for_bit_and_taking_the_lora_away_to
     assert not torch.equal(before, measure.losses(measure.concept, measure.triggered))
     measure.detach()
     assert torch.equal(before, measure.losses(measure.concept, measure.triggered))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("code,share", [("int8", 0.98), ("nf4", 0.95)])
+def test_what_is_learned_on_a_quantized_base_holds_on_the_plain_one(measure, files, result, tmp_path, code, share):
+    quantized = measure.result(train(tmp_path / "run", *SHORT, f"model.quantize={code}"))
+    assert quantized.passes() and quantized.change < share * result.change, (quantized, result)

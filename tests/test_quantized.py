@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 
 import pytest
 import torch
@@ -116,11 +117,15 @@ def test_copies_other_types_and_other_shapes_stay_in_few_bits(code):
 
 
 @BOTH
-def test_a_compiled_layer_is_the_layer(code):
-    layer, _, x = pair("conv 3x3", code, torch.float32)
+@pytest.mark.parametrize("name,dtype,rank,most", [("conv 3x3 stride 2", torch.float32, 0, 0), ("linear", torch.bfloat16, 4, 0.01), ("conv 3x3", torch.float32, 4, 1e-5)])
+def test_a_compiled_layer_is_the_layer(code, name, dtype, rank, most):
+    logging.getLogger("torch.__trace").setLevel(logging.WARNING)  # pytest would keep all of a compiler's trace
     torch._dynamo.reset()
-    for ours, theirs in zip(ways(torch.compile(layer, backend="aot_eager", fullgraph=True), x), ways(layer, x), strict=True):
-        assert torch.equal(ours, theirs)
+    layer, _, x = pair(name, code, dtype, rank)
+    compiled = copy.copy(layer)
+    compiled.compile(backend="aot_eager", fullgraph=True)
+    for ours, theirs in zip(ways(compiled, x), ways(layer, x), strict=True):
+        assert (ours.float() - theirs.float()).norm() <= most * theirs.float().norm()
 
 
 def test_first_and_last_layers_small_ones_and_all_that_is_no_matrix_stay_dense():

@@ -59,6 +59,10 @@ class Quantized(Tensor):
     def __tensor_unflatten__(cls, parts, facts, size, stride) -> "Quantized":
         return cls(tuple(parts[name] for name in NAMES if name in parts), *facts)
 
+    def _stable_hash_for_caching(self) -> str:
+        """By which a compiler's cache knows that it may take a graph again: all that a graph depends on but the numbers."""
+        return repr(("Quantized 1", self.code, self.own_shape, self.dtype, self.turned, str(self.device)))
+
     def _like(self, change=lambda part: part, shape=None, dtype=None, turned=None) -> "Quantized":
         return Quantized(tuple(change(part) for part in self.parts), self.code, self.own_shape if shape is None else shape, dtype or self.dtype,
                          self.turned if turned is None else turned)
@@ -68,8 +72,8 @@ class Quantized(Tensor):
         kwargs = kwargs or {}
         keep = KEPT.get(func)
         made = keep(*args, **kwargs) if keep and isinstance(args[0], Quantized) else None
-        if made is not None:
-            return return_and_correct_aliasing(func, args, kwargs, made)
+        if made is not None:  # who traces must see a view as one; it costs as much as all the rest
+            return made if type(made.codes) is Tensor else return_and_correct_aliasing(func, args, kwargs, made)
         if func._schema.is_mutable and _writes(func, args):
             raise TypeError(f"{func}: a quantized weight is frozen and cannot be written to")
         return func(*[_dense(arg) for arg in args], **{name: _dense(value) for name, value in kwargs.items()})
