@@ -187,3 +187,16 @@ def test_a_coloured_transparent_mask_is_grey_and_black_where_transparent():
 def test_a_phones_multi_picture_jpeg_gives_its_first_picture():
     file = stored(picture(*SIZE), "MPO", save_all=True, append_images=[Image.new("RGB", SIZE)])
     assert read_header(file) == SIZE and close(decode(file), picture(*SIZE), 8)
+
+
+@pytest.mark.parametrize("size,view,most", [((1600, 1200), View(128, 96), 2), ((1601, 900), View(96, 96, 1.0), 2), ((1000, 3000), View(64, 192, 0.0, True), 2),
+                                            ((1600, 1200), View(288, 216), 0)])  # less than six times as large: one pass it is
+@pytest.mark.parametrize("noisy", [False, True])
+def test_a_large_photograph_shrinks_to_what_one_pass_of_lanczos_gives(size, view, most, noisy):
+    """Averaging first is a matter of speed: within 2 of 255, and within 3 where every pixel is noise, which no photograph is."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    whole = Image.blend(Image.fromarray(noise), picture(*size, 1), 0.5) if noisy else picture(*size, 1)
+    want = np.asarray(whole.resize((view.width, view.height), Image.Resampling.LANCZOS, box=crop_box(size, view))).astype(int)
+    got = fit(whole, view).astype(int)
+    far = np.abs(got - (want[:, ::-1] if view.flip else want))
+    assert far.max() <= most + (noisy and most > 0) and far.mean() <= 0.7

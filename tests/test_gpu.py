@@ -6,12 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from data_help import filled, folder_of
 from test_quantized import BOTH, LAYERS, pair, ways
 from test_step_reference import Setup, make_batch
-from tiny import make_unet
+from tiny import make_unet, make_vae
 
 from hcpdiff import device as machine
+from hcpdiff.data.sample import load_views, stack_pixels
+from hcpdiff.families.base import Models
+from hcpdiff.families.sd import StableDiffusion
 from hcpdiff.quantized import Plan, Quantized, stored_bytes
+from hcpdiff.train.latents import _encoder
 from hcpdiff.train.optim import Gradients, optimizer_groups
 from hcpdiff.train.signals import StopRequest
 from hcpdiff.train.trainer import Hook, Trainer
@@ -137,3 +142,30 @@ def test_a_quantized_model_takes_so_much_of_the_gpu(choice, most):
     x, t, hidden = torch.randn(1, 4, 8, 8).cuda().bfloat16(), torch.tensor([500]).cuda(), torch.randn(1, 7, 32).cuda().bfloat16()
     unet(x.requires_grad_(), t, hidden).sample.float().square().sum().backward()
     assert x.grad.isfinite().all() and torch.cuda.memory_allocated() - before < 0.75 * dense
+
+
+@pytest.mark.parametrize("mode", ["memory", "disk"])
+def test_latents_cached_beside_the_gpu_are_those_of_each_image_alone(mode, tmp_path):
+    """They come down while later images are encoded: a copy that was looked at too early would show."""
+    vae = make_vae().cuda().eval().requires_grad_(False)
+    models = Models(StableDiffusion(), None, "tiny", {"vae": vae}, {}, {})
+    encode = _encoder(models, torch.device("cuda"))
+    data, _ = filled(folder_of(tmp_path / "imgs", 40), tmp_path / "c", Counting(encode), mode=mode)
+    one = data.datasets[0]
+    for number in range(len(one)):
+        pixels = stack_pixels([load_views(one, number, one.views(number)[:1], 8)[0][0]])
+        entry, fresh = data._stores[0].get(number, 0), [part[0].cpu() for part in encode(pixels)]
+        assert all(torch.equal(entry[name], part) and not entry[name].is_pinned() for name, part in zip(("mean", "std"), fresh))
+
+
+class Counting:
+    """An encoder whose results stay on the device."""
+
+    def __init__(self, encode):
+        self.encode, self.calls = encode, 0
+
+    def __call__(self, pixels):
+        self.calls += 1
+        found = self.encode(pixels)
+        assert all(part.is_cuda for part in found)
+        return found

@@ -20,12 +20,13 @@ HEIF_EXTENSIONS = frozenset({".heic", ".heif"})
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "AVIF", "GIF", "HEIF")  # by content, whatever the ending; no plugin that starts programs (EPS) is ever tried
 READ_FAULTS = (OSError, RuntimeError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError, struct.error, zlib.error,
                Image.DecompressionBombError)
-PIXELS_VERSION = 2  # part of every cache key: raise it when decode, fit or fit_mask change what they return
+PIXELS_VERSION = 3  # part of every cache key: raise it when decode, fit or fit_mask change what they return
 
 _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
           6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}  # EXIF tag 0x0112 -> how to make it upright
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _EXIF_ORIENTATION = 0x0112
+_GAP = 3.0  # a side that shrinks to a sixth or less is halved (or more) by averaging first, down to three times its target: thrice as fast, within 2 of 255
 
 # Pillow warns from 89 megapixels and refuses from 179; the refusal is the answer we pass on, the warning says nothing a user can act on.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -204,7 +205,7 @@ def fit(image: Image.Image, view: View) -> np.ndarray:
     """Resize to cover and crop in one pass -> uint8 (H, W, 3)."""
     shrinks = view.width <= image.width and view.height <= image.height
     method = Image.Resampling.LANCZOS if shrinks else Image.Resampling.BICUBIC  # Lanczos rings where it enlarges
-    out = image.resize((view.width, view.height), method, box=crop_box(image.size, view))
+    out = image.resize((view.width, view.height), method, box=crop_box(image.size, view), reducing_gap=_GAP)
     return np.asarray(out.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flip else out)
 
 
