@@ -7,6 +7,7 @@ import pytest
 import torch
 from data_help import Encoder, build, cached, epoch, filled, folder_of, right
 from PIL import Image, ImageFile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hcpdiff import device as devices
@@ -217,3 +218,34 @@ def flops(unet, inputs):
     with FlopCounterMode(display=False) as counter:
         unet(*(part.to(unet.dtype) if part.is_floating_point() else part for part in inputs))
     return counter.get_total_flops()
+
+
+class Casts(TorchDispatchMode):
+    """How often a tensor was cast."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **kwargs or {})
+
+
+def test_a_half_precision_lora_is_cast_once_for_all_steps_and_changes_no_bit(tiny_sd1):
+    models = detect(tiny_sd1).load(tiny_sd1, "tiny", ["unet"], torch.bfloat16)
+    inputs = torch.randn(2, 4, 8, 8).bfloat16(), torch.tensor(5), torch.randn(2, 77, 32).bfloat16()
+
+    @torch.no_grad()
+    def predicted():
+        with Casts() as casts:
+            return models.unet(*inputs).sample, casts.count
+
+    _, plain = predicted()
+    layers = {path: LoraTensors(torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2), 3.0)
+              for path, layer in models.unet.named_modules() if path.endswith(("to_q", "ff.net.2"))}
+    attach.attach_all(models, [attach.Loaded(LoraSource("one", None, None, True, 0.5, 1), {"unet": layers})])
+    at_each_call, many = predicted()
+    attach.shadow_half(models.unet)
+    with attach.copied(models.unet):
+        copied, few = predicted()
+    assert torch.equal(copied, at_each_call) and many >= plain + 2 * len(layers) and few == plain
+    assert predicted()[1] == many  # outside, copies count as old

@@ -2,12 +2,17 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from ..adapters.attach import attach_lora
-from ..adapters.base import detach
+from ..adapters.base import adapted_layers, detach
+from ..adapters.lora import HALF, Lora
+from ..adapters.shadow import Shadow
 from ..checkpoint.convert import other_family
 from ..checkpoint.format import META_BASE_VERSION, load_lora
 from ..errors import ConfigError, HCPError, LayerMatchError
@@ -147,6 +152,23 @@ def attach_all(models: Models, loaded: Sequence[Loaded]) -> None:
                     together.setdefault(path, []).append((tensors, lora.strength(component)))
         if together:
             attach_lora(module, together, component, fold=True)
+
+
+def shadow_half(unet: torch.nn.Module) -> None:
+    """Gives the LoRA beside half-precision weights half-precision copies of their factors, for `copied`; once the model is where it stays."""
+    loras = [layer.adapter for layer in adapted_layers(unet).values() if isinstance(layer.adapter, Lora)]
+    if loras and unet.dtype in HALF:
+        Shadow(loras, unet.dtype)
+
+
+@contextmanager
+def copied(unet: torch.nn.Module) -> Iterator[None]:
+    """Inside, LoRA that have half-precision copies of their factors multiply with them, so that nothing is cast at every call. Nothing may change them."""
+    shadows = dict.fromkeys(shadow for layer in adapted_layers(unet).values() if (shadow := getattr(layer.adapter, "shadow", None)) is not None)
+    with ExitStack() as stack:
+        for shadow in shadows:
+            stack.enter_context(shadow.fresh())
+        yield
 
 
 def check_fit(models: Models, loaded: Sequence[Loaded]) -> None:

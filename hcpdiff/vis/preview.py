@@ -10,7 +10,7 @@ from torch import nn
 from ..config.schema import PreviewConfig
 from ..errors import ConfigError
 from ..families.base import Conditioning, Family, Models, text_components
-from . import components, encode, pipeline
+from . import attach, components, encode, pipeline
 from .prompt import parse
 
 
@@ -68,7 +68,7 @@ def draw_previews(models: Models, family: Family, cfg: PreviewConfig, *, width: 
     if not cfg.prompts:
         return []
     device = next(models.unet.parameters()).device
-    with quiet(models, device), visiting(models.vae, device):
+    with quiet(models, device), visiting(models.vae, device), attach.copied(models.unet):
         cond = prompts or encode_preview_prompts(models, cfg, clip_skip)
         pipe = pipeline.assemble(models, components.base_scheduler(models.scheduler_config))
         pipe.set_progress_bar_config(disable=not progress, desc="preview")

@@ -93,6 +93,8 @@ def prepare(request: Request, allow: Sequence[str], say: Callable[[str], None]) 
     known = encode.Words(embeddings.find(request.emb_dir).pattern() if words else None, vocabulary)
     conditioning, repeats = encode_prompts(request, models, known, device, say)
     place(pipe, cfg, device, say)
+    if not cfg.offload:  # parts that travel cannot be views of one buffer
+        attach.shadow_half(models.unet)
     if pipe.vae.dtype != dtype:
         say(f"note: the VAE works in fp32: its config says that it is not safe in {devices.SHORT[dtype]} (force_upcast).")
     facts = facts_of(models, pipe, cfg, size, dtype, sorted(words))
@@ -237,7 +239,7 @@ def draw(request: Request, studio: Studio, say: Callable[[str], None]) -> list[P
     comes after it."""
     started, total = time.perf_counter(), len(request.pictures)
     beside = 0 if studio.device.type == "cpu" else 1
-    with closing(behind(drawn_batches(request, studio, total, say), lambda drawn: write(request, studio, *drawn), beside)) as written:
+    with attach.copied(studio.models.unet), closing(behind(drawn_batches(request, studio, total, say), lambda drawn: write(request, studio, *drawn), beside)) as written:
         paths = []
         for batch in written:
             for path in batch:
