@@ -197,6 +197,14 @@ def test_previews_encode_equal_prompts_once_and_the_negative_one_once_per_length
     assert len(calls.sizes["text"]) == 5  # three prompts, and bad in two lengths
 
 
+def test_previews_of_one_length_go_through_the_models_together(tiny_sd1):
+    models = detect(tiny_sd1).load(tiny_sd1, "tiny")
+    cfg = PreviewConfig(prompts=["a cat", "a dog", "a cat"], num_inference_steps=1, width=64, height=64, bs=2)
+    made, calls = preview.encode_preview_prompts(models, cfg), Calls(text=models.text_encoder, unet=models.unet, decoder=models.vae.decoder)
+    assert len(preview.draw_previews(models, models.family, cfg, prompts=made)) == 3
+    assert calls.sizes == {"text": [], "unet": [4, 2], "decoder": [2, 1]}
+
+
 @pytest.mark.parametrize("dtype,beside", [("fp32", False), ("bf16", True)])
 def test_an_fp32_picture_with_a_lora_asks_for_no_product_more_than_one_without(tiny_sd1, dtype, beside):
     models = detect(tiny_sd1).load(tiny_sd1, "tiny", ["unet"], devices.DTYPES[dtype])

@@ -319,8 +319,8 @@ def test_preview_is_the_visualizers_picture_and_leaves_no_trace(tiny_sd1, ours, 
         layer.adapter.requires_grad_(True)
     modes = [m.training for m in models.unet.modules()]
     state, pointers = torch.get_rng_state(), [p.data_ptr() for p in models.unet.parameters()]
-    cfg = PreviewConfig(prompts=["a cat", "a {dog:1.3}"], neg_prompt="bad", num_inference_steps=3, guidance_scale=5.0, seed=3)
-    images = preview.draw_previews(models, models.family, cfg, bs=2)
+    cfg = PreviewConfig(prompts=["a cat", "a {dog:1.3}"], neg_prompt="bad", num_inference_steps=3, guidance_scale=5.0, seed=3, bs=2)
+    images = preview.draw_previews(models, models.family, cfg)
     assert torch.equal(torch.get_rng_state(), state) and [m.training for m in models.unet.modules()] == modes
     assert [p.data_ptr() for p in models.unet.parameters()] == pointers and all(p.grad is None for p in models.unet.parameters())
     want = ours(prompt="a cat", lora_path=str(lora[0]))[0], ours(prompt="a {dog:1.3}", seed=4, lora_path=str(lora[0]))[0]

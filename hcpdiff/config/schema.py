@@ -289,6 +289,7 @@ class PreviewConfig:
     num_inference_steps: int = key(20, "Sampler steps.", "采样步数。", ge=1)
     guidance_scale: float = key(7.0, "Classifier-free guidance.", "引导强度。", ge=0)
     seed: int = key(42, "Seed of the first image; the others follow.", "第一张图的种子，其余依次加一。", ge=0)
+    bs: int = key(1, "Pictures drawn at once, which takes more memory; does not change the pictures.", "同时生成的图片数，越多占用内存越多；不影响图片内容。", ge=1, le=10_000)
 
 
 @dataclass

@@ -56,7 +56,7 @@ def evaluating_text(models: Models):
 
 
 def draw_previews(models: Models, family: Family, cfg: PreviewConfig, *, width: int | None = None, height: int | None = None,
-                  prompts: PreviewPrompts | None = None, clip_skip: int = 0, bs: int = 1, progress: bool = False,
+                  prompts: PreviewPrompts | None = None, clip_skip: int = 0, progress: bool = False,
                   share: tuple[int, int] = (0, 1), between: Callable[[], None] | None = None) -> list:
     """One PIL image per prompt of `cfg`, seeds cfg.seed, cfg.seed + 1, ...: what the visualizer draws with the weights as they are now.
 
@@ -77,7 +77,7 @@ def draw_previews(models: Models, family: Family, cfg: PreviewConfig, *, width: 
         if between is not None:
             args["callback_on_step_end"] = lambda pipe, step, timestep, tensors: between() or tensors
         images: list = []
-        for batch in same_length(cond, bs, *share):
+        for batch in same_length(cond, cfg.bs, *share):
             if between is not None:
                 between()
             positive, negative = (Conditioning.cat([part[n].to(device, models.unet.dtype) for n in batch]) for part in (cond.positive, cond.negative))
