@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import weakref
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hcpdiff.adapters.base import put
 from hcpdiff.adapters.lora import Lora
 from hcpdiff.checkpoint.safetensors_header import read_header
 from hcpdiff.errors import CheckpointError
+from hcpdiff.families import detect
 from hcpdiff.quantized import Plan, Quantized, stored_bytes
 from hcpdiff.quantized.codes import BLOCK, CODES, INT8, NF4, decode, encode
 
@@ -129,7 +131,7 @@ def test_a_compiled_layer_is_the_layer(code, name, dtype, rank, most):
 
 
 def test_first_and_last_layers_small_ones_and_all_that_is_no_matrix_stay_dense():
-    unet = make_unet(widths=(128, 64, 64, 64))
+    unet = make_unet(widths=(128, 64, 64, 64)).requires_grad_(False)
     assert {"conv_in.weight", "conv_out.weight"} < Plan("nf4").codes(unet).keys()
     plan = Plan("nf4", ["conv_in", "conv_out"])
     codes = plan.codes(unet)
@@ -139,7 +141,9 @@ def test_first_and_last_layers_small_ones_and_all_that_is_no_matrix_stay_dense()
     names, (kept, dense) = [name for name, _ in unet.named_parameters()], plan.bytes(unet)
     plan.apply(unet)
     assert [name for name, _ in unet.named_parameters()] == names == list(unet.state_dict())
-    assert stored_bytes(unet) == kept == plan.bytes(unet)[0] < dense / 2
+    assert stored_bytes(unet) == kept < dense / 2
+    put(unet.mid_block.resnets[0].conv1, Lora(unet.mid_block.resnets[0].conv1, 4, 4.0))
+    assert plan.bytes(unet) == (kept, dense)  # of what is frozen, adapters or not
     assert {name for name, parameter in unet.named_parameters() if isinstance(parameter, Quantized)} == codes.keys()
 
 
@@ -152,7 +156,7 @@ def test_full_size_models_need_less_than_six_tenths(model, int8, nf4):
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20),
         "cross_attention_dim": 2048, "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816}}
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**sizes[model]).to(torch.bfloat16)
+        unet = UNet2DConditionModel(**sizes[model]).to(torch.bfloat16).requires_grad_(False)
     for choice, most in ((INT8, int8), (NF4, nf4)):
         kept, dense = Plan(choice, ["conv_in", "conv_out"]).bytes(unet)
         assert kept <= most * dense and dense == stored_bytes(unet)
@@ -176,11 +180,31 @@ def test_recomputing_activations_changes_no_gradient(code):
     assert grads[0].abs().sum() > 0 and torch.equal(*grads)
 
 
+def test_a_model_is_read_layer_by_layer_and_no_dense_weight_outlives_its_turn(tiny_sd1):
+    models = detect(tiny_sd1).load(tiny_sd1, "tiny", ["unet"], torch.bfloat16, outlines=["unet"])
+    keep, dense = Plan("int8").keeper(models.unet), []
+
+    def watched(name: str, weight: torch.Tensor) -> torch.Tensor:
+        assert not [old for old, reference in dense if reference() is not None], name
+        kept = keep(name, weight)
+        dense.extend([(name, weakref.ref(weight))] if kept is not weight else [])
+        return kept
+
+    models.read("unet", torch.device("cpu"), watched)
+    assert len(dense) == len(Plan("int8").codes(models.unet)) == sum(isinstance(parameter, Quantized) for parameter in models.unet.parameters()) > 100
+    assert not any(parameter.is_meta or parameter.requires_grad for parameter in models.unet.parameters())
+    plain = detect(tiny_sd1).load(tiny_sd1, "tiny", ["unet"], torch.bfloat16)
+    Plan("int8").apply(plain.unet)
+    for name, parameter in models.unet.named_parameters():
+        assert torch.equal(parameter.float(), plain.unet.get_parameter(name).float()), name
+
+
 CONFIG = """
 train: {{train_steps: 4, cpu_threads: 1, log_step: 1, save_step: 2, optimizer: {{_target_: torch.optim.AdamW}}}}
 model: {{pretrained_model_name_or_path: '{model}', quantize: nf4}}
 lora_unet:
   - {{lr: 0.01, rank: 2, layers: ['re:.*attn.?$', 're:.*resnets$']}}
+preview: {{prompts: [red], num_inference_steps: 2}}
 data:
   one: {{batch_size: 2, source: {{a: {{img_root: images, caption_file: images}}}}, bucket: {{sizes: [[64, 64]]}}}}
 """
@@ -194,6 +218,7 @@ def test_a_run_on_a_quantized_base_says_so_and_goes_on_exactly_and_only_with_it(
     unet = whole.models.unet
     assert "unet kept as nf4: " in log and isinstance(unet.mid_block.resnets[0].conv1.weight, Quantized)
     assert not any(isinstance(parameter, Quantized) for parameter in (*unet.conv_in.parameters(), *unet.conv_out.parameters()))
+    assert (tmp_path / "whole" / "previews" / "4-0.png").is_file()
     run("cfg.yaml", "exp_dir=parts", stop=2)
     run("cfg.yaml", "train.resume=parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 4)

@@ -31,11 +31,11 @@ class Plan:
         return INT8 if self.choice == INT8 or weight[0].numel() != weight.shape[1] else NF4
 
     def bytes(self, model: nn.Module) -> tuple[int, int]:
-        """What the model's parameters take when they are kept so, and as they would be dense; the model may be on meta, or be kept so already."""
+        """What the model's frozen parameters take when they are kept so, and as they would be dense; the model may be on meta, or be kept so already."""
         codes = self.codes(model)
-        dense = {name: parameter.numel() * parameter.dtype.itemsize for name, parameter in model.named_parameters()}
-        kept = {name: kept_bytes(model.get_parameter(name).numel(), codes[name]) if name in codes else size for name, size in dense.items()}
-        return sum(kept.values()), sum(dense.values())
+        frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        dense = {name: parameter.numel() * parameter.dtype.itemsize for name, parameter in frozen.items()}
+        return sum(kept_bytes(frozen[name].numel(), codes[name]) if name in codes else size for name, size in dense.items()), sum(dense.values())
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
