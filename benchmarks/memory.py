@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,7 +43,7 @@ logger:
 data:
   one:
     batch_size: {batch}
-    source: {{a: {{img_root: '{root}/demo/concept/', word_names: {{pt1: cat}}}}}}
+    source: {{a: {{img_root: '{place}/images', word_names: {{pt1: cat}}}}}}
     bucket: {{target_area: {area}, num_bucket: 1}}
 """
 
@@ -159,8 +160,11 @@ def train(args: argparse.Namespace) -> dict[str, int]:
     from hcpdiff.train.run import Run
 
     with tempfile.TemporaryDirectory() as place:
-        config = Path(place) / "cfg.yaml"
-        config.write_text(CONFIG.format(place=place, root=ROOT, layers=LAYERS, area=args.pixels**2, **vars(args) | {"checkpointing": str(args.checkpointing).lower()}), encoding="utf-8")
+        config, images = Path(place) / "cfg.yaml", sorted((ROOT / "demo" / "concept").glob("*.png"))[:4]
+        (Path(place) / "images").mkdir()
+        for image in images:
+            shutil.copy(image, Path(place) / "images")
+        config.write_text(CONFIG.format(place=place, layers=LAYERS, area=args.pixels**2, **vars(args) | {"checkpointing": str(args.checkpointing).lower()}), encoding="utf-8")
         run = Run(load(str(config), [], RunConfig), Parallel())
         with contextlib.redirect_stdout(sys.stderr), Watch(lambda: run.phase) as watch:
             run.train()

@@ -25,6 +25,8 @@ CPU = {
     "step": ["step.py --pixels 512 --ways floor loop hooks ours --rounds 5", "step.py --pixels 512 --batch 4 --ways floor loop ours --rounds 3",
              "step.py --pixels 256 --ways floor loop example ours --rounds 5"],
     "loop": ["loop.py --pixels 256"],
+    "memory": ["memory.py --pixels 256", "memory.py --pixels 512", "memory.py --pixels 512 --checkpointing"],
+    "start": ["start.py --rounds 5", "start.py --tiny --rounds 5"],
     "caching": ["caching.py --pixels 256 --images 6 --rounds 3"],
     "drawing": ["drawing.py --pixels 256 --steps 4 --rounds 5"],
     "data": ["data_scale.py --images 25000 100000", "data_scale.py --simulate --images 50000 200000"],

@@ -165,9 +165,7 @@ def read_tensor(path: Path, header: Header, name: str) -> Tensor:
 
 
 def _tensor(file: BinaryIO, entry: Entry) -> Tensor:
-    raw = bytearray(entry.end - entry.begin)
-    if not raw:
-        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-    if file.readinto(raw) != len(raw):
+    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])  # read into at once: other memory would be filled with zeros first
+    if tensor.numel() and file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) != entry.end - entry.begin:
         raise CheckpointError(f"{file.name} became shorter while it was read.")
-    return torch.frombuffer(raw, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
+    return tensor

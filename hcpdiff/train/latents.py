@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from ..data.dataset import TrainData
-from ..device import release, send
+from ..device import send
 from ..families.base import Models
 from .parallel import Parallel
 
@@ -22,7 +22,6 @@ def cache_latents(data: TrainData, models: Models, mark: str, parallel: Parallel
         models.vae.to("cpu")
         if not keep_vae:
             models.drop("vae")
-        release()
 
 
 def _encoder(models: Models, device: torch.device) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:

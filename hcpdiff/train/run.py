@@ -239,11 +239,11 @@ class Run:
         self.text.ahead(trainer.state.positions, self.total_steps - trainer.state.step, Telling("prompts", self.log.say))
         if self.text.whole:
             self.models.drop(*(component.name for component in text_components(self.base.family)))
-        machine.release()
 
     def _place_models(self) -> None:
         """What is trained or learnt from goes to the device; a text encoder that encodes between the epochs only is not among it."""
         self.phase = "reading the model"
+        machine.release()
         for component in self.base.family.components:
             if component.role == DENOISER or self.text is None:
                 self.base.read(component.name, self.device)
