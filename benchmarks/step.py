@@ -2,16 +2,15 @@
 
     python benchmarks/step.py                               # SD1.5, 512 px, batch 1, fp32 on a CPU
     python benchmarks/step.py --pixels 256 --rounds 7
-    python benchmarks/step.py --family sdxl --pixels 1024 --device cuda --dtype bf16 --batch 8
+    python benchmarks/step.py --family sdxl --pixels 1024 --device cuda --dtype bf16 --batch 8 [--compile]
 
 Weights are random: speed and memory do not depend on them. In each round every way takes one step that does not count and then one that
-does; a ratio is of two times of one round. Printed are medians and, in brackets, the smallest and the largest.
+does; a ratio is of two times of one round. With --compile every way has the UNet's blocks compiled, as model.compile has them.
 """
 
 import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -23,11 +22,15 @@ quiet_libraries()
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from rich.console import Console
-from rich.table import Table
+from common import Figure, parser, ratios, show, timed
 from transformers import CLIPTextConfig, CLIPTextModel
 from ways import WAYS, Batch
 
+from hcpdiff.families.base import Models
+from hcpdiff.families.sd import StableDiffusion
+from hcpdiff.train.compiled import compile_regions, eagerly
+
+EAGER = "ours uncompiled"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONFIGS = ROOT / "hcpdiff" / "assets" / "base_models"
 
@@ -62,61 +65,68 @@ def make_encoders(args: argparse.Namespace, like: dict):
     return lambda: (vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor, text(ids).last_hidden_state)
 
 
-def timed(step, device: str) -> float:
-    """Seconds of one step, the device waited for."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    step()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Seconds by way and round, and the loss of each way's first step, which must be the same for all: a fresh LoRA changes nothing."""
     unet = make_unet(args.family, args.device, DTYPES[args.dtype])
     if args.checkpointing:
         unet.enable_gradient_checkpointing()
-    batch, seconds, first = make_batch(args, unet), {name: [] for name in args.ways}, {}
+    batch = make_batch(args, unet)
+    if args.compile:
+        models = Models(StableDiffusion(), Path(), args.family, {"unet": unet}, {}, {})
+        print(compile_regions(models, ["unet"], {(args.batch, args.pixels, args.pixels)}, "sdpa"), flush=True)
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096  # each way and round is new to it
+    works, seconds, first = [*args.ways, *([EAGER] if args.compile else [])], {}, {}
     for number in range(args.rounds):
-        for name in [*args.ways[number % len(args.ways) :], *args.ways[: number % len(args.ways)]]:
-            with WAYS[name](unet, batch, args.rank) as step:
+        for name in [*works[number % len(works) :], *works[: number % len(works)]]:
+            batch.compiled = args.compile and name != EAGER
+            with eagerly(name == EAGER), WAYS[name.split()[0]](unet, batch, args.rank) as step:
                 first.setdefault(name, float(step()))
-                seconds[name].append(timed(step, args.device))
-        print(f"round {number + 1} of {args.rounds}: " + ", ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items()), flush=True)
+                seconds.setdefault(name, []).append(timed(step, args.device))
+        print(f"round {number + 1} of {args.rounds}: " + ", ".join(f"{name} {times[-1]:.3g} s" for name, times in seconds.items()), flush=True)
     return seconds, first
 
 
-def ratio(over: list[float], under: list[float]) -> str:
-    """Median and range of what each round gives."""
-    ratios = [a / b for a, b in zip(over, under)]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+def goal(args: argparse.Namespace) -> float | None:
+    """Ours to the floor at most, where there is a goal for such a step (rank 8)."""
+    size = {"sd1": 512, "sdxl": 1024}.get(args.family)
+    if args.pixels != size or args.rank != 8 or args.checkpointing:
+        return None
+    if args.device == "cpu":
+        return {1: 1.10, 4: 1.08}.get(args.batch) if (args.family, args.dtype, args.compile) == ("sd1", "fp32", False) else None
+    if args.compile:
+        return {"sd1": 1.12, "sdxl": 1.06}[args.family]
+    return 1.12 if args.batch >= 8 else {"sd1": 1.40, "sdxl": 1.30}[args.family]
+
+
+def figures(args: argparse.Namespace, seconds: dict[str, list[float]]) -> list[Figure]:
+    """Ours to each other way; with `--compile` also ours uncompiled to it."""
+    label = f"{args.family} {args.pixels} px batch {args.batch} {args.dtype}{' compiled' if args.compile else ''}{' checkpointing' if args.checkpointing else ''}"
+    bounds = {"floor": goal(args), "loop": 1.0}
+    made = [Figure(f"step, {label}", name, ratios(seconds["ours"], times), bounds.get(name), values={"ours s": statistics.median(seconds["ours"]), f"{name} s": statistics.median(times)})
+            for name, times in seconds.items() if name not in ("ours", EAGER) and "ours" in seconds]
+    if EAGER in seconds and "ours" in seconds:
+        made.append(Figure(f"step uncompiled, {label}", "ours", ratios(seconds[EAGER], seconds["ours"]), 1.5 if args.device != "cpu" else None, at_least=True))
+    return made
 
 
 def main() -> None:
     """Measures and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=["sd1", "sd2", "sdxl"], default="sd1")
-    parser.add_argument("--pixels", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["floor", "loop", "hooks", "ours"])
-    args = parser.parse_args()
+    made = parser(__doc__, rounds=5)
+    made.add_argument("--family", choices=["sd1", "sd2", "sdxl"], default="sd1")
+    made.add_argument("--pixels", type=int, default=512)
+    made.add_argument("--batch", type=int, default=1)
+    made.add_argument("--rank", type=int, default=8)
+    made.add_argument("--dtype", choices=DTYPES, default="fp32")
+    made.add_argument("--checkpointing", action="store_true")
+    made.add_argument("--compile", action="store_true", help="every way with the UNet's blocks compiled, and ours without beside it; the first round takes minutes")
+    made.add_argument("--ways", nargs="+", choices=WAYS, default=["floor", "loop", "hooks", "ours"])
+    args = made.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     seconds, first = measure(args)
     if max(abs(loss / first["floor"] - 1) for loss in first.values() if "floor" in first) > (1e-4 if args.dtype == "fp32" else 1e-2):
         sys.exit(f"error: the ways do not do the same work: their first losses are {first}")
-    table = Table("way", "seconds a step", "to the floor", "ours to it", title=f"{args.family}, {args.pixels} px, batch {args.batch}, {args.dtype}, rank {args.rank}, {args.device}")
-    for name, times in seconds.items():
-        table.add_row(name, f"{statistics.median(times):.2f}", ratio(times, seconds["floor"]), ratio(seconds["ours"], times) if name != "ours" else "")
-    Console(width=120).print(table)
+    show(f"rank {args.rank}: a step of ours to that of another way", figures(args, seconds), args)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from hcpdiff.adapters.lora import Lora
 from hcpdiff.errors import ConfigError
 from hcpdiff.families.base import Models
 from hcpdiff.families.sd import StableDiffusion
+from hcpdiff.quantized import Plan
 from hcpdiff.train import compiled
 
 MOST = 64
@@ -235,3 +236,18 @@ def test_a_compiler_that_gives_up_in_a_step_is_a_fault_and_no_traceback():
     with pytest.raises(RuntimeError) as caught:
         unet(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 5, 8))
     assert "no such kernel" in str(compiled.compile_failed(caught.value)) and compiled.compile_failed(RuntimeError("other")) is None
+
+
+def test_a_compiled_layer_whose_weight_is_in_few_bits_is_the_layer():
+    """The sum of both products gets the dense weight; what is kept for the backward pass is the one in few bits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128)).bfloat16().requires_grad_(False)
+    Plan("int8").apply(model)
+    lora = Lora(model[0], 4, 2)
+    lora.reset(torch.rand(lora.down.shape))
+    nn.init.normal_(lora.up, std=0.1)
+    put(model[0], lora)
+    x = torch.randn(32, 64).bfloat16().requires_grad_()
+    eager = everything(model[0], lora, x)
+    for got, want in zip(everything(torch.compile(model[0].forward, backend="aot_eager", fullgraph=True), lora, x), eager):
+        assert (got.float() - want.float()).norm() / want.float().norm() < 0.01 and got.dtype == want.dtype

@@ -1,5 +1,7 @@
 """What only a GPU reaches; skipped without one."""
 
+import contextlib
+import copy
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,14 +14,20 @@ from test_step_reference import Setup, make_batch
 from tiny import make_unet, make_vae
 
 from hcpdiff import device as machine
+from hcpdiff.adapters.base import put
+from hcpdiff.adapters.lora import Lora
+from hcpdiff.adapters.shadow import Shadow
 from hcpdiff.data.sample import load_views, stack_pixels
 from hcpdiff.families.base import Models
 from hcpdiff.families.sd import StableDiffusion
 from hcpdiff.quantized import Plan, Quantized, stored_bytes
+from hcpdiff.train.compiled import compile_regions
 from hcpdiff.train.latents import _encoder
 from hcpdiff.train.optim import Gradients, optimizer_groups
+from hcpdiff.train.parts import make_optimizer
 from hcpdiff.train.signals import StopRequest
 from hcpdiff.train.trainer import Hook, Trainer
+from hcpdiff.trainables.lora import ParamGroup
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -169,3 +177,82 @@ class Counting:
         found = self.encode(pixels)
         assert all(part.is_cuda for part in found)
         return found
+
+
+def test_adamw_is_fused_and_goes_on_exactly_from_its_state():
+    """State of the step lies on the GPU, as `load_state_dict` of a fused optimizer puts it."""
+    def made():
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 64, device="cuda"))
+        cfg = SimpleNamespace(train=SimpleNamespace(optimizer={"_target_": "torch.optim.AdamW"}, scale_lr=False))
+        return weight, make_optimizer([ParamGroup("a", 1e-2, (weight,))], cfg, 1, ())
+
+    (whole, one), (first, two), (second, three) = made(), made(), made()
+    assert one.param_groups[0]["fused"]
+    for step in range(6):
+        optimizer, weight = (two, first) if step < 3 else (three, second)
+        if step == 3:
+            state = copy.deepcopy(two.state_dict())
+            state["state"][0]["step"] = state["state"][0]["step"].cpu()  # as it comes from a file
+            three.load_state_dict(state)
+            second.data.copy_(first)
+        for parameter in (whole, weight):
+            parameter.grad = torch.cos(torch.arange(64.0, device="cuda") + step)
+        one.step()
+        optimizer.step()
+    assert torch.equal(whole, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_copies_of_the_weights_give_the_bits_that_casting_gives(dtype):
+    setup, batch = on_gpu(dtype), make_batch(dtype=torch.float32)
+    loras, found = list(setup.trainable.adapters.values()), []
+    for shadow in (None, Shadow(loras, dtype)):
+        with shadow.fresh() if shadow else contextlib.nullcontext():
+            setup.step.loss(batch).backward()
+        found.append([p.grad.clone() for lora in loras for p in lora.parameters()])
+        setup.unet.zero_grad()
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-5)  # backward kernels of attention add up in no fixed order
+
+
+@pytest.mark.parametrize("relative", [1e-4, 1e-3])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bf16_keeps_the_effect_compiled_too(relative, compiled):
+    """With an elementwise operation behind it, for which inductor would take a sum of products apart."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(1024, 1024).bfloat16().cuda().requires_grad_(False)
+    lora = Lora(layer, 8, 4)
+    lora.reset(torch.rand_like(lora.down))
+    with torch.no_grad():
+        lora.up.normal_()
+        lora.up.mul_(relative * layer.weight.float().norm() / (lora.scale * lora.up @ lora.down).norm())
+        x = torch.randn(16384, 1024, device="cuda").bfloat16()
+        base = layer(x).float()
+        put(layer, lora)
+        true = lora.scale * (x.float() @ lora.down.t() @ lora.up.t())
+
+        def run(x):
+            return layer(x) * 2
+
+        y = (torch.compile(run, fullgraph=True) if compiled else run)(x).float() / 2
+        assert abs(((y - base) * true).sum() / true.square().sum() - 1) < 0.05
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("sizes", [1, 2])
+def test_a_compiled_step_is_the_step(sizes, checkpointing):
+    setup = on_gpu(torch.float32)
+    batches = [make_batch(size, dtype=torch.float32) for size in (3, 2)[:sizes]]
+    if checkpointing:
+        setup.unet.train().enable_gradient_checkpointing()
+
+    def grads():
+        setup.unet.zero_grad()
+        for batch in batches:
+            setup.step.loss(batch).backward()
+        return torch.cat([p.grad.flatten() for lora in setup.trainable.adapters.values() for p in lora.parameters()])
+
+    eager = grads()
+    compile_regions(setup.step.models, ["unet"], {(len(batch.prompts), 64, 64) for batch in batches}, "sdpa")
+    ours = grads()
+    assert (ours - eager).norm() / eager.norm() < 1e-3
