@@ -54,6 +54,23 @@ def targets(unet: nn.Module) -> dict[str, nn.Linear]:
     return {path: layer for path, layer in unet.named_modules() if path.endswith(TARGETS) and ".attentions." in f".{path}"}
 
 
+class _Learnt(torch.autograd.Function):
+    """A tensor as it is, to which the backward pass has to come."""
+
+    @staticmethod
+    def forward(ctx, out, anchor):
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
+
+
+def _needs_gradient(out: Tensor, anchor: Tensor) -> Tensor:
+    """The same without a compiler, for nothing."""
+    return out if out.requires_grad else out.requires_grad_()
+
+
 @contextmanager
 def floor(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], Tensor]]:
     def step() -> Tensor:
@@ -61,12 +78,14 @@ def floor(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], Ten
         loss.backward()
         return loss.detach()
 
-    marks = [layer.register_forward_hook(lambda module, args, out: out if out.requires_grad else out.requires_grad_()) for layer in targets(unet).values()]
+    anchor = torch.zeros((), device=batch.noisy.device, requires_grad=True)
+    mark = _Learnt.apply if batch.compiled else _needs_gradient
+    marks = [layer.register_forward_hook(lambda module, args, out: mark(out, anchor)) for layer in targets(unet).values()]
     try:
         yield step
     finally:
-        for mark in marks:
-            mark.remove()
+        for handle in marks:
+            handle.remove()
 
 
 def _plain(parameters: list[nn.Parameter], loss_of: Callable[[], Tensor]) -> Callable[[], Tensor]:
