@@ -9,7 +9,6 @@ in the same dtype. The LoRA of a step is of rank 8 on attention and feed-forward
 """
 
 import argparse
-import gc
 from pathlib import Path
 
 from common import Figure, in_turn, parser, ratios, show
@@ -22,16 +21,18 @@ import torch
 from step import DTYPES, make_batch, make_unet
 from ways import WAYS
 
+from hcpdiff import device as machine
 from hcpdiff.quantized import Plan, Quantized, stored_bytes
 from hcpdiff.quantized.codes import CODES
 
 DENSE = ("conv_in", "conv_out")
+TIMESTEPS = range(60, 1000, 118)
 MOST = {"int8": 0.6, "nf4": 0.6}
 
 
 def held(device: str) -> float:
     """MiB that the process holds: of the GPU, or in pages that no file backs."""
-    gc.collect()
+    machine.release()
     if device != "cpu":
         return torch.cuda.memory_allocated() / 2**20
     with open("/proc/self/smaps_rollup") as file:
@@ -54,28 +55,39 @@ def make(args: argparse.Namespace, code: str | None) -> torch.nn.Module:
 
 def measure(args: argparse.Namespace) -> list[Figure]:
     """Bytes, measured memory, time of a step and error of the prediction."""
-    models, memory, predictions = {}, {}, {}
+    models, memory = {}, {}
     for code in (None, *CODES):
         before = held(args.device)
         models[code] = make(args, code)
         memory[code] = held(args.device) - before
     batch = make_batch(args, models[None])
-    for code, unet in models.items():
-        with torch.no_grad():
-            predictions[code] = unet(batch.noisy, batch.t, batch.hidden, added_cond_kwargs=batch.added).sample.float()
-    seconds = {}
-    for code in CODES:
-        seconds[code] = step_pairs(models, code, batch, args)
+    predictions = {code: predict(unet, batch) for code, unet in models.items()}
+    seconds = {code: step_pairs(models, code, batch, args) for code in CODES}
     bf16 = sum(parameter.numel() * 2 for parameter in models[None].parameters())
     figures = []
     for code in CODES:
         kept = stored_bytes(models[code])
-        error = (predictions[code] - predictions[None]).norm() / predictions[None].norm()
         figures += [Figure(f"bytes of the UNet in {code}", "bf16", [kept / bf16], MOST[code], values={"MiB": kept / 2**20, "dense MiB": bf16 / 2**20}),
                     Figure(f"memory of the UNet in {code}", f"dense {args.dtype}, measured", [memory[code] / memory[None]], values={"MiB": memory[code], "dense MiB": memory[None]}),
                     Figure(f"step on {code}", f"step on dense {args.dtype}", ratios(*seconds[code]), values={"s": sorted(seconds[code][0])[len(seconds[code][0]) // 2]}),
-                    Figure(f"change of the prediction by {code}", f"dense {args.dtype}", [float(error)])]
+                    Figure(f"change of the prediction by {code}", f"dense {args.dtype}", [distance(predictions[code], predictions[None])])]
+    if args.model and args.dtype == "fp32":  # what everybody takes for granted
+        rounded = predict(models[None].to(torch.bfloat16), batch)
+        figures.append(Figure("change of the prediction by bf16", "dense fp32", [distance(rounded, predictions[None])]))
     return figures
+
+
+@torch.no_grad()
+def predict(unet: torch.nn.Module, batch) -> torch.Tensor:
+    """The prediction for eight timesteps, fp32."""
+    like = {"dtype": unet.dtype}
+    return torch.stack([unet(batch.noisy.to(**like), torch.full_like(batch.t, t), batch.hidden.to(**like), added_cond_kwargs=batch.added).sample.float()
+                        for t in TIMESTEPS])
+
+
+def distance(found: torch.Tensor, true: torch.Tensor) -> float:
+    """Of all numbers, relative to the size of the true ones."""
+    return float((found - true).norm() / true.norm())
 
 
 def step_pairs(models: dict, code: str, batch, args: argparse.Namespace) -> tuple[list[float], list[float]]:

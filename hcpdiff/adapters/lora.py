@@ -175,7 +175,7 @@ class Lora(Adapter):
         z = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
         if isinstance(layer, nn.Conv2d):
             return self._pointwise(x, z, layer) if dtype in HALF and _pointwise(layer) else self._conv(x, x if z is None else z, layer)
-        if layer.weight.dtype not in (given, dtype):  # quantised: the layer knows how to multiply, we do not
+        if layer.weight.dtype not in (given, dtype):  # quantised by another library: the layer knows how to multiply, we do not
             low, high, rest = self._operands(dtype)
             return torch.add(layer.base_forward(x), F.linear(F.linear(x if z is None else z, low), high), alpha=rest)
         flat = x.reshape(-1, x.shape[-1])
