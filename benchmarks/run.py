@@ -29,7 +29,7 @@ CPU = {
     "start": ["start.py --rounds 5", "start.py --tiny --rounds 5"],
     "caching": ["caching.py --pixels 256 --images 6 --rounds 3"],
     "drawing": ["drawing.py --pixels 256 --steps 4 --rounds 5"],
-    "data": ["data_scale.py --images 25000 100000", "data_scale.py --simulate --images 50000 200000"],
+    "data": ["data_scale.py --images 25000 100000", "data_scale.py --simulate"],
     "quantized": ["quantized.py --pixels 256 --rounds 3", "quantized.py --model demo/model --pixels 64"],
 }
 CUDA = {
