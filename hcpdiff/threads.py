@@ -1,8 +1,9 @@
-"""Work beside the main thread, in order: made ahead by threads that give way to it, or finished behind it. Imports no torch."""
+"""Work beside the main thread, in order: made ahead by threads that can give way to it, or finished behind it. Imports no torch."""
 
 import contextlib
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +12,8 @@ from typing import TypeVar
 T, R = TypeVar("T"), TypeVar("R")
 _GIVE_WAY = 5  # steps of niceness: a quarter of a core where torch wants it too, all of it where not; more would starve beside other programs
 
+_here = threading.local()
+
 
 def usable_cores() -> int:
     """Cores that this process may run on."""
@@ -18,9 +21,9 @@ def usable_cores() -> int:
 
 
 def prepared(work: Callable[[T], R], items: Sequence[T], most: int) -> Iterator[tuple[T, R]]:
-    """(item, work(item)) in order, some made ahead by at most `most` threads that take only the time that nothing else wants. Close it to stop them."""
+    """(item, work(item)) in order, some made ahead by at most `most` threads, which may `give_way`. Close it to stop them."""
     threads = max(1, min(most, usable_cores(), len(items)))
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="hcpdiff-ahead", initializer=give_way)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="hcpdiff-ahead")
     try:
         waiting: deque[tuple[T, Future[R]]] = deque()
         for item in items:
@@ -36,9 +39,10 @@ def prepared(work: Callable[[T], R], items: Sequence[T], most: int) -> Iterator[
 
 
 def give_way() -> None:
-    """Lower this thread's priority, for good. torch's threads wait for the slowest of them, so one that has to share its core slows all. Linux only: there
-    niceness is a thread's and not the process's."""
-    if sys.platform == "linux":
+    """Lower this thread's priority, once and for good; never the main one's. torch's threads wait for the slowest of them, so one that has to share its core
+    slows all. Linux only: there niceness is a thread's and not the process's."""
+    if sys.platform == "linux" and not getattr(_here, "gave_way", False):
+        _here.gave_way = True
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, 0, min(19, os.getpriority(os.PRIO_PROCESS, 0) + _GIVE_WAY))
 

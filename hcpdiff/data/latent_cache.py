@@ -22,7 +22,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from ..errors import DataError
-from ..threads import behind, prepared
+from ..threads import behind, give_way, prepared
 from .encoding import Encode, Encoding, Entry
 from .files import shown
 from .hashes import Content, HashMemo, read_content
@@ -90,6 +90,7 @@ class MemoryStore:
         return made
 
     def _load(self, image: int) -> Loaded | DataError:
+        give_way()
         try:
             return load_views(self.data, image, self.data.views(image), self.factor)
         except DataError as error:
@@ -235,6 +236,7 @@ class DiskStore:
         digests = (*(content.digest for content in contents), None)[:2]
         loaded = []
         if not self._whole(image, digests):
+            give_way()  # only now: where nothing is decoded there is no VAE at work
             try:
                 loaded = load_views(self.data, image, self.data.views(image), self.factor, *(io.BytesIO(content.raw) for content in contents))
             except DataError as error:
