@@ -18,10 +18,12 @@ from hcpdiff.adapters.base import put
 from hcpdiff.adapters.lora import Lora
 from hcpdiff.adapters.shadow import Shadow
 from hcpdiff.data.sample import load_views, stack_pixels
+from hcpdiff.families import detect
 from hcpdiff.families.base import Models
 from hcpdiff.families.sd import StableDiffusion
 from hcpdiff.quantized import Plan, Quantized, stored_bytes
 from hcpdiff.train.compiled import compile_regions
+from hcpdiff.train.conditioning import Encoder, FrozenText
 from hcpdiff.train.latents import _encoder
 from hcpdiff.train.optim import Gradients, optimizer_groups
 from hcpdiff.train.parts import make_optimizer
@@ -256,3 +258,26 @@ def test_a_compiled_step_is_the_step(sizes, checkpointing):
     compile_regions(setup.step.models, ["unet"], {(len(batch.prompts), 64, 64) for batch in batches}, "sdpa")
     ours = grads()
     assert (ours - eager).norm() / eager.norm() < 1e-3
+
+
+def test_weights_of_an_outline_come_straight_to_the_gpu(tiny_sd1):
+    family = detect(tiny_sd1)
+    outline, whole = (family.load(tiny_sd1, "m", ["unet"], torch.bfloat16, outlines=names) for names in (["unet"], []))
+    before = torch.cuda.memory_allocated()
+    outline.read("unet", torch.device("cuda"))
+    state = outline.unet.state_dict()
+    assert all(tensor.is_cuda and torch.equal(tensor.cpu(), whole.unet.state_dict()[name]) for name, tensor in state.items())
+    assert torch.cuda.memory_allocated() - before < 1.1 * sum(max(512, tensor.nbytes) for tensor in state.values())
+
+
+def test_prompts_do_not_depend_on_what_was_encoded_beside_them_and_the_encoder_goes_home(tiny_sd1):
+    models = detect(tiny_sd1).load(tiny_sd1, "m", ["text_encoder"], torch.bfloat16)
+    prompts = [f"a picture of {number} cats" for number in range(37)]
+    found = []
+    for asked in (prompts, prompts[20:], prompts[::-1]):
+        text = FrozenText(Encoder(models, 1, 0), SimpleNamespace(prompts_ahead=lambda start, steps, most, asked=asked: (asked, True)), torch.device("cuda"))
+        text.ahead(None, 1)
+        assert text.whole and not any(p.is_cuda for p in models.text_encoder.parameters())
+        found.append(text(prompts[20:22]).hidden)
+        assert found[-1].is_cuda and "" in text.cache, "the probe asks for empty prompts"
+    assert all(torch.equal(found[0], other) for other in found[1:])
