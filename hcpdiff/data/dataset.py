@@ -150,12 +150,6 @@ class TrainData:
             found += [(min(data.batch_size, int(repeats[images].sum())), *size) for size, images in Buckets(data.bucket_sizes, data.assigned).members()]
         return max(found, key=lambda shape: shape[0] * shape[1] * shape[2])
 
-    def epoch_prompts(self, start: int | Sequence[Position]) -> list[str]:
-        """Distinct prompts, in order of use, from an epoch's number or from positions inside it to the epoch's end; all datasets."""
-        positions = self.plan.start_of(start) if isinstance(start, int) else start
-        refs = (ref for step, _ in self.plan.epoch_steps(positions) for micro in step.micro for ref in micro.samples)
-        return list(dict.fromkeys(self.maker.prompt(ref) for ref in refs))
-
     def prompts_ahead(self, start: Sequence[Position], steps: int, most: int) -> tuple[list[str], bool]:
         """(distinct prompts of the coming steps from `start`, in order of use; whether these are all that the next `steps` steps ask for).
 
