@@ -2,7 +2,7 @@
 
     python benchmarks/caching.py                                  # SD1.5's VAE with random weights, 256 px, on a CPU
     python benchmarks/caching.py --pixels 512 --images 4
-    python benchmarks/caching.py --device cuda --dtype bf16 --pixels 512 --images 200
+    python benchmarks/caching.py --device cuda --pixels 512 --images 200
     python benchmarks/caching.py --images 8 --kinds 12-png        # one kind of file
 
 Photographs are made: noise of all sizes, 2, 6 and 12 megapixels, JPEG and PNG. `second start` is the disk cache filled again by a new object, which encodes
@@ -30,7 +30,6 @@ from PIL import Image
 from hcpdiff.config.schema import BucketConfig, DatasetConfig, SourceConfig
 from hcpdiff.data.dataset import TrainData, build_train_data
 from hcpdiff.data.sample import load_views, stack_pixels
-from hcpdiff.device import DTYPES
 from hcpdiff.families.base import Models
 from hcpdiff.families.sd import StableDiffusion
 from hcpdiff.train.latents import _encoder
@@ -81,12 +80,11 @@ class Filling:
 
 
 def encoder(args: argparse.Namespace):
-    """SD1.5's VAE as a run encodes with it."""
+    """SD1.5's VAE as a run encodes with it: in fp32."""
     config = AutoencoderKL.load_config(ROOT / "hcpdiff" / "assets" / "base_models" / "sd1" / "vae")
-    vae = AutoencoderKL.from_config(config).eval().requires_grad_(False).to(args.device, DTYPES[args.dtype])
+    vae = AutoencoderKL.from_config(config).eval().requires_grad_(False).to(args.device)
     models = Models(StableDiffusion(), None, "random", {"vae": vae}, {}, {})
-    encode = _encoder(models, torch.device(args.device))
-    return lambda pixels: encode(pixels.to(DTYPES[args.dtype]))
+    return _encoder(models, torch.device(args.device))
 
 
 def bare(encode, ready: list[torch.Tensor]):
@@ -110,7 +108,7 @@ def measure(args: argparse.Namespace, place: Path) -> list[Figure]:
              "again": Filling(images, disk, encode, args, "disk", again=True)}
     seconds = in_turn(works, args.rounds, args.device, warm=args.warm)
     each = {name: statistics.median(times) / args.images for name, times in seconds.items()}
-    what, reference = f"latents cached, {args.pixels} px, {', '.join(args.kinds)}, {args.dtype}", "vae.encode alone"
+    what, reference = f"latents cached, {args.pixels} px, {', '.join(args.kinds)}", "vae.encode alone"
     figures = [Figure(f"{what}, {name}", reference, ratios(seconds["bare"], seconds[name]), 0.9, True, {"s an image": each[name], "alone s": each["bare"]})
                for name in ("memory", "disk")]
     return [*figures, Figure(f"{what}, second start (time)", reference, ratios(seconds["again"], seconds["bare"]), values={"ms an image": 1000 * each["again"]})]
@@ -122,7 +120,6 @@ def main() -> None:
     options.add_argument("--pixels", type=int, default=256, help="side of the square whose area is trained on")
     options.add_argument("--images", type=int, default=6)
     options.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    options.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32")
     options.add_argument("--warm", type=int, default=1, help="rounds before that do not count")
     args = options.parse_args()
     if args.threads:

@@ -1,9 +1,9 @@
 """Every benchmark, one after the other, and one table of all their figures.
 
     python benchmarks/run.py                          # on this CPU; about an hour on two cores
-    python benchmarks/run.py --device cuda            # the same figures on a GPU, and those that only a GPU has
+    python benchmarks/run.py --device cuda            # on a GPU: its own sizes, and what only a GPU has
     python benchmarks/run.py --only step loop --rounds 3
-    python benchmarks/run.py --write                  # also puts the table into docs/performance.md, under the machine's name
+    python benchmarks/run.py --write                  # also puts the table into docs/performance.md
 
 Each figure is a ratio against a named reference in the same run: pairs in turn, median and range. Nothing else should run on the machine.
 """
@@ -29,14 +29,14 @@ CPU = {
     "start": ["start.py --rounds 3", "start.py --tiny --rounds 3"],
     "caching": ["caching.py --pixels 256 --images 6 --rounds 2"],
     "drawing": ["drawing.py --pixels 256 --steps 4 --rounds 3"],
-    "data": ["data_scale.py --images 25000 100000", "data_scale.py --simulate"],
+    "data": ["data_scale.py --images 25000 100000", "data_scale.py --simulate", "data_scale.py --simulate --first --images 100000 1000000"],
     "quantized": ["quantized.py --pixels 256 --rounds 3", "quantized.py --model demo/model --pixels 64"],
 }
 CUDA = {
     "step": [f"step.py --family {family} --pixels {pixels} --batch {batch} --dtype bf16 --ways floor loop hooks ours --rounds 7{more}"
              for family, pixels in (("sd1", 512), ("sdxl", 1024)) for batch in (1, 8) for more in ("", " --compile")],
     "loop": ["loop.py --pixels 512 --batch 1", "loop.py --pixels 512 --batch 8"],
-    "caching": ["caching.py --dtype bf16 --pixels 512 --images 192 --rounds 3"],
+    "caching": ["caching.py --pixels 512 --images 192 --rounds 3"],
     "drawing": [f"drawing.py --dtype {dtype} --pixels 512 --steps 20 --pictures 8 --batch {batch}" for dtype in ("fp32", "fp16") for batch in (1, 4)],
     "quantized": [f"quantized.py --family {family} --pixels {pixels} --batch {batch} --dtype bf16" for family, pixels in (("sd1", 512), ("sdxl", 1024)) for batch in (1, 8)],
 }
@@ -54,6 +54,13 @@ def run(command: str, args: argparse.Namespace, place: Path) -> tuple[str, list[
         print(f"== {command} failed", flush=True)
         return "", []
     return read(place)
+
+
+def derived(figures: list[Figure]) -> list[Figure]:
+    """What two figures of a run say together: images a second of a step of 8 to those of a step of 1."""
+    seconds = {figure.what: figure.values["ours s"] for figure in figures if figure.what.startswith("step, ") and figure.reference == "floor"}
+    pairs = [(what, took, seconds.get(what.replace("batch 1 ", "batch 8 "))) for what, took in seconds.items() if "batch 1 " in what]
+    return [Figure(f"images a second, {what.removeprefix('step, ').replace('batch 1 ', 'batch 8 ')}", "batch 1", [8 * one / eight], 4.0, at_least=True) for what, one, eight in pairs if eight]
 
 
 def markdown(hardware: str, figures: list[Figure]) -> str:
@@ -87,6 +94,7 @@ def main() -> None:
         for command in [command for name in args.only or commands for command in commands.get(name, [])]:
             machine, found = run(command, args, Path(place) / "figures.json")
             figures, hardware, failed = figures + found, machine or hardware, failed + ([] if found else [command])
+    figures += derived(figures)
     table = markdown(hardware, figures)
     print(f"\n{table}")
     if args.write:

@@ -11,7 +11,7 @@ ours     hcpdiff's adapters, half-precision copies of them, gradient buffer, cli
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -88,12 +88,13 @@ def floor(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], Ten
             handle.remove()
 
 
-def _plain(parameters: list[nn.Parameter], loss_of: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """A step as a plain loop has it."""
-    optimizer = torch.optim.AdamW(parameters, lr=LR)
+def _plain(parameters: list[nn.Parameter], loss_of: Callable[[], Tensor], batch: Batch) -> Callable[[], Tensor]:
+    """A step as a plain loop has it: in half precision under autocast, as diffusers' example and sd-scripts are run."""
+    optimizer, device, dtype = torch.optim.AdamW(parameters, lr=LR), batch.noisy.device.type, batch.noisy.dtype
 
     def step() -> Tensor:
-        loss = loss_of()
+        with torch.autocast(device, dtype) if dtype in HALF else nullcontext():
+            loss = loss_of()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, MAX_NORM)
         optimizer.step()
@@ -122,7 +123,7 @@ def _peft(unet: nn.Module, rank: int) -> Iterator[list[nn.Parameter]]:
 @contextmanager
 def loop(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], Tensor]]:
     with _peft(unet, rank) as parameters:
-        yield _plain(parameters, lambda: batch.loss(unet))
+        yield _plain(parameters, lambda: batch.loss(unet), batch)
 
 
 @contextmanager
@@ -133,7 +134,7 @@ def example(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], T
         return batch.loss(unet, batch.noisy + 0 * latents, batch.hidden + 0 * hidden)  # encoded, and then the same numbers as the others'
 
     with _peft(unet, rank) as parameters:
-        yield _plain(parameters, loss_of)
+        yield _plain(parameters, loss_of, batch)
 
 
 @contextmanager
@@ -142,7 +143,7 @@ def hooks(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], Ten
 
     def patched(layer: nn.Linear, down: nn.Linear, up: nn.Linear) -> Callable[[Tensor], Tensor]:
         old = layer.forward
-        return lambda x: old(x) + up(down(x.to(down.weight.dtype))).to(x.dtype)
+        return lambda x: old(x) + up(down(x))
 
     for layer in layers.values():
         down, up = (nn.Linear(*shape, bias=False, device=layer.weight.device) for shape in ((layer.in_features, rank), (rank, layer.out_features)))
@@ -150,7 +151,7 @@ def hooks(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], Ten
         parameters += [down.weight, up.weight]
         layer.forward = patched(layer, down, up)
     try:
-        yield _plain(parameters, lambda: batch.loss(unet))
+        yield _plain(parameters, lambda: batch.loss(unet), batch)
     finally:
         for layer in layers.values():
             del layer.forward
