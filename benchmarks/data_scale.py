@@ -6,12 +6,13 @@
 
 Each number of images is measured in a process of its own. No picture is decoded: only headers are read. Simulated, everything that asks the disk for an
 image is left out, so the figures show what we add and how it grows; a disk cache of as many entries is there as well (index and memo of hashes as they are on
-disk, all payloads one), and a second start goes through it; it reads and checks every entry, 131 KB each, which a fast disk or many cores shorten.
+disk, one payload for each size), and a second start goes through it; it reads and checks every entry, 131 KB each, which a fast disk or many cores shorten.
 """
 
 import argparse
 import ctypes
 import gc
+import itertools
 import json
 import random
 import subprocess
@@ -90,7 +91,7 @@ def made_up(stack: ExitStack, folder: Path, count: int) -> None:
 
 
 def fill_cache(data, cache: Path) -> None:
-    """Index and memo of hashes of a run that has cached every image, in 20 packs; all entries have the same payload."""
+    """Index and memo of hashes of a run that has cached every image, in 20 packs; entries of one size have the same payload."""
     import numpy as np
     import safetensors.torch
     import torch
@@ -99,15 +100,17 @@ def fill_cache(data, cache: Path) -> None:
     from hcpdiff.data.latent_cache import DiskStore
 
     one, draws = data.datasets[0], random.Random(0)
-    payload = safetensors.torch.save({"mean": torch.zeros(4, 64, 64), "std": torch.ones(4, 64, 64)})
+    payloads = [safetensors.torch.save({name: torch.zeros(4, height // 8, width // 8) for name in ("mean", "std")}) for width, height in one.bucket_sizes]
+    digests = [pack.payload_digest(payload) for payload in payloads]
+    ends = [0, *itertools.accumulate(map(len, payloads))]
     store = DiskStore(cache, one, "vae", 8)
     store.digests = {image: (draws.randbytes(32), None) for image in range(len(one))}
     store.packs.folder.mkdir(parents=True)
     for part in range(20):
         images = range(part, len(one), 20)
-        records = np.array([(store.keys(image)[0], 0, len(payload), pack.payload_digest(payload)) for image in images], dtype=pack._RECORD)
+        records = np.array([(store.keys(image)[0], ends[kind], len(payloads[kind]), digests[kind]) for image, kind in ((image, one.assigned[image]) for image in images)], dtype=pack._RECORD)
         body, name = records.tobytes(), store.packs.folder / f"{part:020d}-0"
-        name.with_suffix(".pack").write_bytes(payload)
+        name.with_suffix(".pack").write_bytes(b"".join(payloads))
         name.with_suffix(".idx").write_bytes(pack._HEAD.pack(pack._MAGIC, pack.FORMAT, pack._RECORD.itemsize, len(records), hashes.hashlib.blake2b(body, digest_size=32).digest()) + body)
     memo = hashes.HashMemo(cache / "hashes-1.bin")
     for image in range(len(one)):

@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -50,7 +50,8 @@ def give_way() -> None:
 def behind(started: Iterable[T], finish: Callable[[T], R], most: int) -> Iterator[R]:
     """finish(item) of each, in order, in one thread while later items are made, at most `most` of them (0: each is finished before the next is begun).
 
-    What was started is finished whatever happens, before an error goes on. Close it where an error can come between two results.
+    What was started is finished whatever happens, before an error goes on; is `started` a generator, it is closed first. Close it where an error can come
+    between two results.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="hcpdiff-behind")
     try:
@@ -62,4 +63,8 @@ def behind(started: Iterable[T], finish: Callable[[T], R], most: int) -> Iterato
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(wait=True)
+        try:
+            if isinstance(started, Generator):
+                started.close()  # what it makes ahead is stopped now, and not when an error that holds it is forgotten
+        finally:
+            pool.shutdown(wait=True)

@@ -1,7 +1,7 @@
 """What work is done how often, as exact counts: images decoded and hashed, VAE and text encoder called, batches drawn. Seconds are for benchmarks."""
 
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 import torch
@@ -83,8 +83,11 @@ def test_an_image_is_decoded_once_whatever_its_views(root, tmp_path, monkeypatch
     assert calls["decode"] == 5 and encoded == sum(len(data.datasets[0].views(number)) for number in range(5)) > 10
 
 
-def test_images_are_decoded_while_the_vae_works_and_stored_while_it_works_on(root, tmp_path):
-    """The VAE waits inside its second image until the third was decoded and the first was taken from it, which waits for the second to be with the VAE."""
+@pytest.mark.parametrize("mode", ["memory", "disk"])
+@pytest.mark.parametrize("between,exchange", [(64, None), (1, None), (1, lambda mine: [mine])])
+def test_images_are_decoded_while_the_vae_works_and_stored_while_it_works_on(root, tmp_path, monkeypatch, mode, between, exchange):
+    """The VAE waits inside its second image until the third was decoded and the first was taken from it, which waits for the second to be with the VAE. Also where ranks meet."""
+    monkeypatch.setattr(latent_cache, "_ROUND", between)
     decoded, second, stored, order = threading.Event(), threading.Event(), threading.Event(), []
     real_load, real_entry = latent_cache.load_views, encoding.Encoding.entry
     encode = Encoder()
@@ -110,8 +113,8 @@ def test_images_are_decoded_while_the_vae_works_and_stored_while_it_works_on(roo
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latent_cache, "load_views", load)
         patch.setattr(encoding.Encoding, "entry", entry)
-        data = build(cached(root, tmp_path / "c"))
-        data.cache_latents(waiting, "v")
+        data = build(cached(root, tmp_path / "c", mode=mode))
+        data.cache_latents(waiting, "v", exchange=exchange)
     assert encode.calls == 5 and right(data)
 
 
@@ -156,6 +159,24 @@ def test_what_was_started_is_finished_before_an_error_goes_on(most):
     with pytest.raises(KeyError):
         list(threads.behind(started(), done.append, most))
     assert done == begun == [0, 1, 2, 3, 4]
+
+
+def test_what_is_made_ahead_ends_with_what_fails_behind_it():
+    """At once: an error that is told later holds the frames that it went through, and threads of what was begun would go on until the end."""
+    begun = []
+
+    def started():
+        with closing(threads.prepared(begun.append, range(100), 1)) as ready:
+            for item, _ in ready:
+                yield item
+
+    def finish(item):
+        if item == 3:
+            raise KeyError
+
+    with pytest.raises(KeyError) as caught:
+        list(threads.behind(started(), finish, 1))
+    assert not any(thread.name.startswith("hcpdiff-") for thread in threading.enumerate()) and len(begun) < 20 and caught.tb
 
 
 # ---- drawing -----------------------------------------------------------------------------------------------------------------------------------------

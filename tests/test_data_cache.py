@@ -9,6 +9,7 @@ import pytest
 import torch
 from data_help import Encoder, build, cached, dataset, filled, folder_of, means, picture, right, source
 from PIL import Image
+from safetensors.torch import save
 
 from hcpdiff.data import hashes
 from hcpdiff.data.pack import PackFolder, PackWriter
@@ -154,6 +155,37 @@ def test_damage_costs_encoding_again_and_nothing_else(root, tmp_path, what):
     data, calls = filled(root, tmp_path / "c")
     assert calls == again and right(data)
     assert filled(root, tmp_path / "c")[1] == 0
+
+
+def foreign(dtype=torch.float32, **shapes):
+    """A safetensors file's bytes."""
+    return save({name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()})
+
+
+FOREIGN = {
+    "no safetensors": b"not safetensors at all",
+    "another name": foreign(latent=(4, 8, 8)),
+    "a name too many": foreign(mean=(4, 8, 8), std=(4, 8, 8), mask=(8, 8)),
+    "another size": foreign(mean=(4, 4, 8), std=(4, 4, 8)),
+    "no channels": foreign(mean=(8, 8), std=(8, 8)),
+    "whole numbers": foreign(torch.int32, mean=(4, 8, 8), std=(4, 8, 8)),
+    "cut short": foreign(mean=(4, 8, 8), std=(4, 8, 8))[:-1],
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_what_somebody_else_has_written_under_a_key_is_made_anew(tmp_path, what):
+    """Its digest fits, so that only a look at it tells."""
+    root = folder_of(tmp_path / "imgs", {f"{number}.png": (64, 64) for number in range(3)})
+    store = filled(root, tmp_path / "c")[0]._stores[0]
+    for folder in (PackFolder(tmp_path / "d" / "latents-1"), store.packs):
+        with PackWriter(folder) as writer:
+            for image in range(3):
+                writer.add(store.keys(image)[0], FOREIGN[what])
+    data, calls = filled(root, tmp_path / "d")
+    assert calls == 3 and right(data) and filled(root, tmp_path / "d")[1] == 0
+    data, calls = filled(root, tmp_path / "c")
+    assert calls == 0 and right(data), "what was there before serves"
 
 
 def test_damage_while_training_is_an_error_and_no_wrong_latent(root, tmp_path):

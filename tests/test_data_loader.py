@@ -164,6 +164,32 @@ def test_prompts_of_the_coming_steps_are_exactly_those_of_their_batches(root):
         assert data.prompts_ahead(start, data.steps_per_epoch, 10**6) == (list(dict.fromkeys(seen)), True)
 
 
+def test_a_rank_is_told_of_the_prompts_of_its_own_batches_only(root):
+    data = build(full(root), full(root), micro_per_step=4)
+    for steps in (1, data.steps_per_epoch, 7):
+        for rank in range(2):
+            seen = [prompt for _, _, batches in data.batches(rank=rank, world=2, count=steps) for batch in batches for prompt in batch.prompts]
+            assert data.prompts_ahead(data.plan.start_of(0), steps, 10**6, rank, 2) == (list(dict.fromkeys(seen)), True)
+
+
+def test_in_a_long_run_every_prompt_comes_to_every_rank(tmp_path):
+    folder_of(tmp_path, 9, captions=True)
+    data = build(dataset(source(tmp_path, caption_file=str(tmp_path)), batch_size=1), micro_per_step=2)
+    start, epoch_steps = data.plan.start_of(0), data.steps_per_epoch
+
+    def asked(rank, steps):
+        return {data.maker.prompt(ref) for _, (step, _) in zip(range(steps), data.plan.steps(start)) for micro in step.of_rank(rank, 2) for ref in micro.samples}
+
+    for rank in range(2):
+        for steps in (1, epoch_steps, 4 * epoch_steps):
+            prompts, whole = data.prompts_ahead(start, steps, 100, rank, 2)
+            assert whole and set(prompts) == asked(rank, steps)
+        prompts, whole = data.prompts_ahead(start, 10**9, 100, rank, 2)
+        assert whole and len(prompts) == 9 and set(prompts) >= asked(rank, 40 * epoch_steps)
+        prompts, whole = data.prompts_ahead(start, 10**9, 3, rank, 2)
+        assert not whole and set(prompts) == asked(rank, 3)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_that_is_damaged_or_gone_after_the_start_is_named_in_the_main_process(tmp_path, workers):
     folder_of(tmp_path, 4)

@@ -180,6 +180,14 @@ def test_what_encodes_is_gone_before_the_denoiser_is_read(watched, overrides, le
     assert run.alive == left, "what is let go has no other owner"
 
 
+@pytest.mark.parametrize("overrides,times", [((), 1), (PREVIEWS, 2)])
+def test_the_text_encoder_goes_to_the_device_only_to_encode(watched, monkeypatch, overrides, times):
+    went, real = [], FrozenText.working
+    monkeypatch.setattr(FrozenText, "working", lambda *args: went.append(1) or real(*args))
+    watched(*overrides)
+    assert len(went) == times
+
+
 def test_prompts_that_cannot_all_be_held_are_encoded_for_some_steps_at_a_time(watched, monkeypatch):
     calls, real = [], CLIPTextModel.forward
     monkeypatch.setattr(CLIPTextModel, "forward", lambda *args, **keys: calls.append(1) or real(*args, **keys))

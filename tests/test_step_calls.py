@@ -77,7 +77,7 @@ class Counting(Run):
         return [*counting, note]
 
     def _begin(self, trainer, epoch):
-        if trainer.state.step == 0:  # the hook that encodes an epoch's prompts comes before
+        if trainer.state.step == 0:  # the hook that encodes prompts ahead comes before
             self.before = Counter(self.calls)
 
     def train(self):

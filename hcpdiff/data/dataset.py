@@ -150,19 +150,25 @@ class TrainData:
             found += [(min(data.batch_size, int(repeats[images].sum())), *size) for size, images in Buckets(data.bucket_sizes, data.assigned).members()]
         return max(found, key=lambda shape: shape[0] * shape[1] * shape[2])
 
-    def prompts_ahead(self, start: Sequence[Position], steps: int, most: int) -> tuple[list[str], bool]:
-        """(distinct prompts of the coming steps from `start`, in order of use; whether these are all that the next `steps` steps ask for).
+    def prompts_ahead(self, start: Sequence[Position], steps: int, most: int, rank: int = 0, world: int = 1) -> tuple[list[str], bool]:
+        """(distinct prompts of this rank's part of the coming steps from `start`, in order of use; whether these are all that it is asked for in the next `steps` steps).
 
         No step is begun after `most` prompts, or many samples, were looked at. Where an image has one prompt only, two epochs show all that there are.
         """
-        if not any(source.prompter.draws for data in self.datasets for source in data.sources):
-            steps = min(steps, 2 * max(-(-self.plan.chunks_per_epoch(number) // self.plan.micro_per_step) for number in range(len(self.datasets))))
+        shown = 2 * max(-(-self.plan.chunks_per_epoch(number) // self.plan.micro_per_step) for number in range(len(self.datasets)))
+        if steps > shown * world and not any(source.prompter.draws for data in self.datasets for source in data.sources):
+            found, whole = self._prompts(start, shown, most, 0, 1)  # in so many steps nearly every image comes to every rank
+            if whole or world == 1:
+                return found, whole
+        return self._prompts(start, steps, most, rank, world)
+
+    def _prompts(self, start: Sequence[Position], steps: int, most: int, rank: int, world: int) -> tuple[list[str], bool]:
         found: dict[str, None] = {}
         looked = 0
         for number, (step, _) in enumerate(self.plan.steps(start)):
             if number == steps or number and (len(found) >= most or looked >= _MOST_LOOKED_AT):
                 return list(found), number == steps
-            samples = [ref for micro in step.micro for ref in micro.samples]
+            samples = [ref for micro in step.of_rank(rank, world) for ref in micro.samples]
             found.update(dict.fromkeys(map(self.maker.prompt, samples)))
             looked += len(samples)
 

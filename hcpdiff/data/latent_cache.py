@@ -13,13 +13,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL
 import safetensors.torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, deserialize
 
 from ..errors import DataError
 from ..threads import behind, give_way, prepared
@@ -37,6 +39,7 @@ Tick = Callable[[int], None]  # told how many images were done
 _THREADS = 16  # that decode; each with a large photograph takes some 100 MB
 _BEHIND = 2  # images encoded and not yet stored
 _ROUND = 64  # images that a rank encodes between two exchanges
+_DTYPES = "F64", "F32", "F16", "BF16"  # of entries, as safetensors calls them
 _HASHES = "hashes-1.bin"
 _LOOK_SECONDS = 5.0  # how often to look for what other processes have put into the cache
 
@@ -55,22 +58,25 @@ class MemoryStore:
     def fill(self, encode: Encode, rank: int, world: int, exchange: Exchange | None, tick: Tick) -> None:
         """Encode what is missing. With `exchange`, each rank encodes its share and gets the others'; without, each encodes everything."""
         images = [image for image in range(len(self.data)) if (image, 0) not in self.entries]
-        faults = Faults()
-        for share in rounds(images, rank, world if exchange else 1):
-            made = self._made(share, encode, faults, tick)
-            for part, others in exchange((made, faults)) if exchange else [(made, faults)]:
-                self.entries.update(part)
-                faults.add(others)
-            if faults.others:
-                break
+        (rank, world), faults = (rank, world) if exchange else (0, 1), Faults()
+        with closing(self._made(images[rank::world], encode, faults)) as made:
+            for _ in range(meetings(len(images), world)):
+                taken = self._take(made, faults, tick)
+                for part, others in exchange((taken, faults)) if exchange else [(taken, faults)]:
+                    self.entries.update(part)
+                    faults.add(others)
+                if faults.others:
+                    break
         faults.check()
 
-    def _made(self, images: Sequence[int], encode: Encode, faults: "Faults", tick: Tick) -> dict[tuple[int, int], Entry]:
+    def _made(self, images: Sequence[int], encode: Encode, faults: "Faults") -> Iterator[tuple[int, list[Entry] | DataError]]:
+        """(image, its entries or what is wrong with them) of each; none of one that cannot be read."""
         def begun() -> Iterator[tuple[int, list[Encoding]]]:
-            for image, loaded in prepared(self._load, images, _THREADS):
-                if isinstance(loaded, DataError):
-                    faults.images += loaded.faults
-                else:
+            with closing(prepared(self._load, images, _THREADS)) as ready:
+                for image, loaded in ready:
+                    if isinstance(loaded, DataError):
+                        faults.images += loaded.faults
+                        loaded = []
                     yield image, [Encoding(name_of(self.data, image), rgb, mask, encode) for rgb, mask in loaded]
 
         def finish(item: tuple[int, list[Encoding]]) -> tuple[int, list[Entry] | DataError]:
@@ -79,15 +85,19 @@ class MemoryStore:
             except DataError as error:
                 return item[0], error
 
-        made = {}
-        with closing(behind(begun(), finish, _BEHIND)) as done:
-            for image, views in done:
-                if isinstance(views, DataError):
-                    faults.others += views.faults
-                else:
-                    made.update({(image, number): entry for number, entry in enumerate(views)})
-                    tick(1)
-        return made
+        return behind(begun(), finish, _BEHIND)
+
+    @staticmethod
+    def _take(made: Iterator[tuple[int, list[Entry] | DataError]], faults: "Faults", tick: Tick) -> dict[tuple[int, int], Entry]:
+        """The entries of the coming images, as many as there are between two meetings."""
+        taken = {}
+        for image, views in islice(made, _ROUND):
+            if isinstance(views, DataError):
+                faults.others += views.faults
+            else:
+                taken.update({(image, number): entry for number, entry in enumerate(views)})
+                tick(1)
+        return taken
 
     def _load(self, image: int) -> Loaded | DataError:
         give_way()
@@ -97,12 +107,11 @@ class MemoryStore:
             return error
 
 
-def rounds(images: Sequence[int], rank: int, world: int) -> Iterator[Sequence[int]]:
-    """A rank's share of the images in pieces, as many as every other rank's; between two, ranks exchange what they have, so that none waits for another
-    for longer than a piece takes (a collective that waits too long ends the run)."""
-    mine = images[rank::world]
-    for start in range(0, -(-len(images) // world), _ROUND):
-        yield mine[start:start + _ROUND]
+def meetings(images: int, world: int) -> int:
+    """How often ranks exchange what they have while they encode their shares: as often as the rank with the largest share needs, so that none waits for another
+    for longer than _ROUND images take (a collective that waits too long ends the run). Nothing stands still around them: later images are decoded and
+    encoded meanwhile. One process alone looks then whether it goes on."""
+    return -(-images // (world * _ROUND))
 
 
 @dataclass
@@ -137,6 +146,18 @@ def entry_key(image: bytes, mask: bytes | None, view: View, background: Sequence
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode("utf-8"), digest_size=32).digest()
 
 
+def is_entry(payload: bytes, size: Sequence[int], masked: bool) -> bool:
+    """Whether a payload is an entry for latents of `size` (h, w). A digest that fits says only that it is as somebody has written it."""
+    try:
+        parts = dict(deserialize(payload))
+    except SafetensorError:
+        return False
+    shapes = {name: part["shape"] for name, part in parts.items()}
+    mean, wanted = shapes.get("mean", []), list(size)
+    named = shapes == {"mean": mean, "std": mean, **({"mask": wanted} if masked else {})} and len(mean) == 3
+    return named and mean[1:] == wanted and all(part["dtype"] in _DTYPES for part in parts.values())
+
+
 Digests = tuple[bytes, bytes | None]  # of an image, of its mask
 
 
@@ -162,63 +183,72 @@ class DiskStore:
 
     def get(self, image: int, view: int) -> Entry:
         """One entry. Every read is checked against the entry's digest."""
-        entry = self._entry(self.key(image, self.data.views(image)[view]))
-        if entry is None:
-            raise DataError(f"{self.packs.folder}: the latents of {self.data.image_id(image)} were damaged or removed while training. Start again: they are made anew.")
-        return entry
-
-    def _entry(self, key: bytes) -> Entry | None:
-        payload = self.packs.get(key)
+        payload = self._payload(image, self.data.views(image)[view], self.digests[image])
         if payload is None:
-            return None
-        try:
-            return safetensors.torch.load(payload)
-        except SafetensorError:
-            return None
+            raise DataError(f"{self.packs.folder}: the latents of {self.data.image_id(image)} were damaged or removed while training. Start again: they are made anew.")
+        return safetensors.torch.load(payload)
+
+    def _payload(self, image: int, view: View, digests: Digests) -> bytes | None:
+        """The bytes of an entry that is whole and what its key says; None if there is none."""
+        size = [view.height // self.factor, view.width // self.factor]
+        key = entry_key(*digests, view, self.data.source_of(image)[0].bg_color, self.vae_id)
+        return self.packs.get(key, partial(is_entry, size=size, masked=digests[1] is not None))
 
     def fill(self, encode: Encode, rank: int, world: int, exchange: Exchange | None, tick: Tick) -> None:
         """Encode what is missing or damaged. With `exchange` each rank does its share; what another could not leave in this folder is made here."""
-        images, faults = list(range(len(self.data))), Faults()
-        pieces = list(rounds(images, rank, world if exchange else 1))
+        images, faults = range(len(self.data)), Faults()
+        rank, world = (rank, world) if exchange else (0, 1)
         with PackWriter(self.packs) as writer:
-            for number, share in enumerate(pieces, 1):
-                self._fill(share, encode, writer, faults, tick, publish=number == len(pieces))
-                for digests, others in exchange(({image: self.digests[image] for image in share if image in self.digests}, faults)) if exchange else ():
-                    self.digests.update(digests)
-                    faults.add(others)
-                if faults.others:  # the disk is full, or the VAE gives NaN: every rank knows by now, and none goes on for hours
-                    break
+            with closing(self._stored(images[rank::world], encode, writer, faults)) as stored:
+                for left in reversed(range(meetings(len(images), world))):
+                    done = self._take(stored, _ROUND, writer, faults, tick, publish=not left)
+                    for digests, others in exchange(({image: self.digests[image] for image in done if image in self.digests}, faults)) if exchange else ():
+                        self.digests.update(digests)
+                        faults.add(others)
+                    if faults.others:  # the disk is full, or the VAE gives NaN: every rank knows by now, and none goes on for hours
+                        break
             self.memo.save()
             faults.check()
             self.packs.refresh()
             self._begun.clear()
-            others = [image for image in images if image % world != rank] if exchange else []
+            others = [image for image in images if image % world != rank]
             absent = [image for image in others if any(key not in self.packs for key in self.keys(image))]  # only where ranks do not share a file system
-            self._fill(absent, encode, writer, faults, lambda count: None, publish=True)
+            with closing(self._stored(absent, encode, writer, faults)) as stored:
+                self._take(stored, None, writer, faults, lambda count: None, publish=True)
         faults.check()
         self._begun.clear()
         self.packs.touch_used()
 
-    def _fill(self, images: Sequence[int], encode: Encode, writer: PackWriter, faults: Faults, tick: Tick, publish: bool) -> None:
+    def _stored(self, images: Sequence[int], encode: Encode, writer: PackWriter, faults: Faults) -> Iterator[tuple[int, list[str]]]:
+        """(image, what is wrong with its latents) of each, once all that it lacked is with the writer."""
+        return behind(self._encodings(images, encode, faults), lambda item: (item[0], _store(item[1], writer)), _BEHIND)
+
+    def _take(self, stored: Iterator[tuple[int, list[str]]], most: int | None, writer: PackWriter, faults: Faults, tick: Tick, publish: bool) -> list[int]:
+        """Go on by `most` images; which they were comes back."""
+        done = []
         try:
-            with closing(behind(self._encodings(images, encode, faults), lambda made: _store(made, writer), _BEHIND)) as stored:
-                for wrong in stored:
-                    faults.others += wrong
-                    tick(1)
+            for image, wrong in islice(stored, most):
+                done.append(image)
+                faults.others += wrong
+                tick(1)
             if publish:
                 writer.publish()
         except OSError as error:
+            stored.close()  # nobody else is at the writer then
             writer.discard()
             faults.others.append(f"cache_dir = {str(self.packs.folder.parent)!r} cannot be written ({_why(error)}). What is in it stays. Free some space and start again, give "
                                  f"another cache_dir, or cache_latents: memory.")
+        return done
 
-    def _encodings(self, images: Sequence[int], encode: Encode, faults: Faults) -> Iterator[list[tuple[bytes, Encoding]]]:
-        """What each image lacks, with the VAE."""
-        for image, found in prepared(self._look, images, _THREADS):
-            if isinstance(found, DataError):
-                faults.images += found.faults
-            else:
-                yield self._missing(image, *found, encode)
+    def _encodings(self, images: Sequence[int], encode: Encode, faults: Faults) -> Iterator[tuple[int, list[tuple[bytes, Encoding]]]]:
+        """What each image lacks, with the VAE; nothing of one that cannot be read."""
+        with closing(prepared(self._look, images, _THREADS)) as ready:
+            for image, found in ready:
+                if isinstance(found, DataError):
+                    faults.images += found.faults
+                    yield image, []
+                else:
+                    yield image, self._missing(image, *found, encode)
 
     def _look(self, image: int) -> tuple[Digests, Loaded] | DataError:
         """(digests, pixels of each view, or none if all its entries are there and whole). Runs in threads."""
@@ -246,8 +276,7 @@ class DiskStore:
         return digests, loaded
 
     def _whole(self, image: int, digests: Digests) -> bool:
-        background = self.data.source_of(image)[0].bg_color
-        return all(self.packs.get(entry_key(*digests, view, background, self.vae_id)) is not None for view in self.data.views(image))
+        return all(self._payload(image, view, digests) is not None for view in self.data.views(image))
 
     def _missing(self, image: int, digests: Digests, loaded: Loaded, encode: Encode) -> list[tuple[bytes, Encoding]]:
         """Encode what was found missing, unless another image or process has brought it meanwhile."""

@@ -32,8 +32,10 @@ class FrozenText(Hook):
     """Conditioning that was encoded ahead and is kept on the CPU: the prompts of the coming steps, as many as `held` bytes hold. Often that is the whole run's, and the text
     encoders can be let go (`whole`); else the steps after them come when the first of these asks, and between such times the encoders wait on the CPU."""
 
-    def __init__(self, encode: Encoder, data: TrainData, device: torch.device, held: int = HELD):
+    def __init__(self, encode: Encoder, data: TrainData, device: torch.device, held: int = HELD, share: tuple[int, int] = (0, 1), say: Callable[[str], None] = lambda line: None):
+        """share: (rank, world); the other ranks' prompts are encoded by them."""
         self.encode, self.data, self.device, self.held, self.whole = encode, data, device, held, False
+        self.share, self.say = share, say
         self.batch = 1 if device.type == "cpu" else 16
         self.cache, self.trainer = TextCache(self._items, self.batch), None
 
@@ -48,25 +50,37 @@ class FrozenText(Hook):
         return [cond.select(slice(i, i + 1)).clone() for i in range(len(prompts))]
 
     @contextmanager
-    def working(self) -> Iterator[None]:
-        """The text encoders on the device inside, and on the CPU after."""
+    def working(self, device: torch.device | None = None) -> Iterator[None]:
+        """The text encoders on the device (or on another one) inside, and on the CPU after."""
         modules = [self.encode.models.modules[component.name] for component in text_components(self.encode.models.family)]
-        for module in modules:
-            module.to(self.device)
         try:
+            for module in modules:
+                module.to(device or self.device)
             yield
         finally:
             for module in modules:
                 module.to("cpu")
 
-    def ahead(self, positions: Sequence, steps: int, progress: Callable[[int, int], Any] | None = None) -> None:
-        """Encodes what the next `steps` steps from `positions` ask for, as far as it may be held; `whole` says whether that was all."""
+    def ahead(self, positions: Sequence, steps: int, progress: Callable[[int, int], Any] | None = None, device: torch.device | None = None) -> None:
+        """Encodes what this rank is asked for in the next `steps` steps from `positions`, as far as it may be held; `whole` says whether that was all."""
         probed = [] if self.device.type == "cpu" else [BLANK]
-        with self.working():
-            first = self.data.prompts_ahead(positions, 1, 1)[0][0]
+        with self.working(device):
+            first = next(iter(self.data.prompts_ahead(positions, steps, 1, *self.share)[0]), BLANK)  # a rank may have nothing to do
             self.cache.fill([first], keep=True)
-            prompts, self.whole = self.data.prompts_ahead(positions, steps, self.held // self.cache.items[first].nbytes)
+            prompts, self.whole = self.data.prompts_ahead(positions, steps, self.held // self.cache.items[first].nbytes, *self.share)
             self.cache.fill([*probed, *prompts], progress=progress)
+
+    def _ahead_in_a_step(self) -> None:
+        """As `ahead`, beside all that a step holds. Where the device has no room left the CPU encodes: slow, and other in the last bits as other devices are, but a run
+        that has gone on for hours is not lost for the sake of its captions."""
+        coming = self.trainer.state.positions, self.trainer.total_steps - self.trainer.state.step
+        try:
+            return self.ahead(*coming)
+        except torch.OutOfMemoryError:  # left before going on: the error holds what was on the device
+            pass
+        self.say(f"warning: {self.device} has no room left for the text encoders, which encode the prompts of the coming steps: they do so on the CPU, which takes longer. Other "
+                 f"programs on the device, data.<dataset>.batch_size, bucket.target_area and model.gradient_checkpointing decide how much is left.")
+        return self.ahead(*coming, device=torch.device("cpu"))
 
     def on_epoch_begin(self, trainer, epoch: int) -> None:
         """Notes who knows where the run stands."""
@@ -74,6 +88,6 @@ class FrozenText(Hook):
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         if not all(prompt in self.cache for prompt in prompts):
-            self.ahead(self.trainer.state.positions, self.trainer.total_steps - self.trainer.state.step)
+            self._ahead_in_a_step()
         cond = Conditioning.cat(self.cache.get(list(prompts)))
         return Conditioning(send(cond.hidden, self.device), None if cond.pooled is None else send(cond.pooled, self.device))

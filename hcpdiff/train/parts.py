@@ -30,11 +30,12 @@ def make_gradients(groups: Sequence[ParamGroup], cfg: RunConfig, parallel: Paral
     return Gradients(groups, parallel.device, parallel.world, len(cfg.data) * cfg.train.gradient_accumulation_steps, largest)
 
 
-def make_step(base: BaseModel, cfg: RunConfig, data: TrainData, frozen: bool, device: torch.device, dtype: torch.dtype) -> tuple[DenoisingStep, FrozenText | None]:
-    """The step, and the hook that encodes prompts ahead where the text encoder is frozen."""
+def make_step(base: BaseModel, cfg: RunConfig, data: TrainData, frozen: bool, parallel: Parallel, dtype: torch.dtype,
+              say: Callable[[str], None]) -> tuple[DenoisingStep, FrozenText | None]:
+    """The step, and the hook that encodes prompts ahead where the text encoder is frozen; `say` is for what a user should know of that."""
     encode, loss = Encoder(base.models, cfg.model.tokenizer_repeats, cfg.model.clip_skip), cfg.train.loss
-    text = FrozenText(encode, data, device) if frozen else None
-    step = DenoisingStep(base.models, base.objective(cfg.train), make_loss(loss.type, loss.delta), text or encode, device, dtype, cfg.train.noise_offset, loss.min_snr_gamma)
+    text = FrozenText(encode, data, parallel.device, share=(parallel.rank, parallel.world), say=say) if frozen else None
+    step = DenoisingStep(base.models, base.objective(cfg.train), make_loss(loss.type, loss.delta), text or encode, parallel.device, dtype, cfg.train.noise_offset, loss.min_snr_gamma)
     return step, text
 
 

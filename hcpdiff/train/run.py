@@ -193,7 +193,7 @@ class Run:
         self._compare()
         train, self.total_steps, self.frozen = self.cfg.train, self._length(), not learns_text(self.trainables)
         groups = [group for trainable in self.trainables for group in trainable.param_groups()]
-        step, self.text = make_step(self.base, self.cfg, self.data, self.frozen, self.device, self.dtype)
+        step, self.text = make_step(self.base, self.cfg, self.data, self.frozen, self.parallel, self.dtype, self.log.say)
         trainer = Trainer(
             feed=self.data, loss=step.losses, gradients=make_gradients(groups, self.cfg, self.parallel), optimizer=make_optimizer(groups, self.cfg, self.parallel.world, self.allow),
             lr_factor=make_lr_factor(train, self.total_steps, self.allow), parallel=self.parallel, hooks=[self.text] if self.text else [], total_steps=self.total_steps,
@@ -234,14 +234,15 @@ class Run:
         if self.text is None:
             return
         self.phase = "encoding prompts"
-        with self.text.working():
-            self.preview_prompts = encode_ahead(self.models, self.cfg)
+        if self.cfg.preview.prompts:
+            with self.text.working():
+                self.preview_prompts = encode_ahead(self.models, self.cfg)
         self.text.ahead(trainer.state.positions, self.total_steps - trainer.state.step, Telling("prompts", self.log.say))
         if self.text.whole:
             self.models.drop(*(component.name for component in text_components(self.base.family)))
 
     def _place_models(self) -> None:
-        """What is trained or learnt from goes to the device; a text encoder that encodes between the epochs only is not among it."""
+        """What is trained or learnt from goes to the device; a text encoder that only encodes ahead is not among it."""
         self.phase = "reading the model"
         machine.release()
         for component in self.base.family.components:
