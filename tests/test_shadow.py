@@ -1,5 +1,7 @@
 """Half-precision copies of LoRA weights: the numbers of casting each time, and never an old one."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from test_adapters import LAYERS
@@ -96,3 +98,39 @@ def test_checkpointing_computes_again_with_the_copies_of_its_step():
         grads.append([p.grad for lora in loras for p in lora.parameters()])
         setup.unet.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(*grads)) and any(a.abs().sum() > 0 for a in grads[0])
+
+
+class Assigning(torch.optim.Optimizer):
+    """Steps down the gradient. `own`: its weights are its own, and parameters are pointed at them once; else each step gives a parameter a new tensor."""
+
+    def __init__(self, params, own: bool):
+        super().__init__(params, {})
+        self.own = {}
+        if own:
+            for p in self.param_groups[0]["params"]:
+                self.own[p] = p.data = p.data.clone()
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            if p in self.own:
+                self.own[p] -= 0.1 * p.grad
+            else:
+                p.data = p.data - 0.1 * p.grad
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_weights_that_an_optimizer_assigns_are_those_of_the_next_step(own):
+    found = []
+    for copies in (False, True):
+        made, loras, inputs = layers()
+        shadow = Shadow(loras, torch.bfloat16) if copies else None
+        optimizer = Assigning([p for lora in loras for p in lora.parameters()], own)
+        for _ in range(3):
+            optimizer.zero_grad()
+            with shadow.fresh() if shadow else nullcontext():
+                outputs = [layer(x) for layer, x in zip(made, inputs)]
+                sum(y.float().mean() for y in outputs).backward()
+            optimizer.step()
+        found.append(outputs + [p.detach() for lora in loras for p in lora.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .lora import Factors, Lora
 
@@ -28,10 +28,10 @@ class Shadow:
         self.dtype, self.true = dtype, False
         self.scaled = [(start, end, scale) for (start, end), scale in _runs(starts[len(loras) :], [lora.scale for lora in ups])]
         self.plain = starts[len(loras)]  # where the ups begin
-        views = {}
-        for parameter, start in zip(parameters, starts):
-            views[parameter] = self.half[start : start + parameter.numel()].view(parameter.shape)
-            _move(parameter, self.full[start : start + parameter.numel()].view(parameter.shape))
+        views = {parameter: self.half[start : start + parameter.numel()].view(parameter.shape) for parameter, start in zip(parameters, starts)}
+        self.places = [(parameter, self.full[start : start + parameter.numel()].view(parameter.shape)) for parameter, start in zip(parameters, starts)]
+        for parameter, place in self.places:
+            parameter.data = place.copy_(parameter.detach())
         self.views: dict[Lora, Factors] = {lora: (views[lora.down], views[lora.up]) for lora in loras}
         for lora in loras:
             lora.shadow = self
@@ -40,10 +40,17 @@ class Shadow:
         """(down, scale x up) of a LoRA in `dtype`, where the copy is of it and true."""
         return self.views[lora] if self.true and dtype == self.dtype else None
 
+    def _gather(self) -> None:
+        """Copies into the buffer what lies elsewhere by now (`parameter.data = ...`, as some optimizers do). It stays there: its owner may go on writing to it."""
+        for parameter, place in self.places:
+            if parameter.data_ptr() != place.data_ptr():
+                place.copy_(parameter.detach())
+
     @contextmanager
     def fresh(self) -> Iterator[None]:
         """Copies the factors; inside, LoRAs multiply with the copies."""
         with torch.no_grad():
+            self._gather()
             self.half[: self.plain].copy_(self.full[: self.plain])
             for start, end, scale in self.scaled:
                 self.half[start:end].copy_(self.full[start:end] if scale == 1 else self.full[start:end] * scale)
@@ -71,9 +78,3 @@ def _runs(starts: Sequence[int], scales: Sequence[float]) -> list[tuple[tuple[in
         else:
             runs.append(((start, end), scale))
     return runs
-
-
-def _move(parameter: nn.Parameter, place: Tensor) -> None:
-    """The parameter's values at another place, which it is then."""
-    place.copy_(parameter.detach())
-    parameter.data = place
