@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "build" / "sd15-random"  # where make_full_size.py writes
 sys.path.insert(0, str(ROOT))
 
 

@@ -14,7 +14,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from common import ROOT, Figure, in_turn, parser, ratios, show
+from common import FOLDER, ROOT, Figure, in_turn, parser, ratios, show
 
 from hcpdiff.quiet import quiet_libraries
 
@@ -25,7 +25,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
-from make_full_size import FOLDER, make_once
+from make_full_size import make_once
 from ways import targets
 
 from hcpdiff.checkpoint.convert import find_family, to_webui

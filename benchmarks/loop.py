@@ -13,8 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, Figure, parser, ratios, show, wait
-from make_full_size import FOLDER, make_once
+from common import FOLDER, ROOT, Figure, parser, ratios, show, wait
+from make_full_size import make_once
 
 from hcpdiff.config.load import load
 from hcpdiff.quiet import quiet_libraries

@@ -7,12 +7,11 @@ import sys
 from pathlib import Path
 
 import torch
+from common import FOLDER, ROOT
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "hcpdiff" / "assets" / "clip_tokenizer"
-FOLDER = ROOT / "build" / "sd15-random"
 
 
 def make_once(folder: Path) -> Path:

@@ -26,10 +26,9 @@ import threading
 from itertools import zip_longest
 from pathlib import Path
 
-from common import ROOT, Figure, parser, show
+from common import FOLDER, ROOT, Figure, parser, show
 
 BOUND, MIB = 1.10, 2**20
-FOLDER = ROOT / "build" / "sd15-random"  # as in make_full_size.py, which would import what is to be counted
 LAYERS = r"re:.*\.attentions\..*(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2)$"
 CONFIG = """
 exp_dir: '{place}/run'

@@ -22,10 +22,11 @@ from step import DTYPES, make_batch, make_unet
 from ways import WAYS
 
 from hcpdiff import device as machine
+from hcpdiff.families.clip_unet import ClipUnet
+from hcpdiff.families.read_parts import move
 from hcpdiff.quantized import Plan, Quantized, stored_bytes
 from hcpdiff.quantized.codes import CODES
 
-DENSE = ("conv_in", "conv_out")
 TIMESTEPS = range(60, 1000, 118)
 MOST = {"int8": 0.6, "nf4": 0.6}
 
@@ -49,7 +50,7 @@ def make(args: argparse.Namespace, code: str | None) -> torch.nn.Module:
     else:
         unet = make_unet(args.family, "cpu", DTYPES[args.dtype])
     if code:
-        Plan(code, DENSE).apply(unet)
+        move(unet, torch.device("cpu"), Plan(code, ClipUnet.dense).keeper(unet))
     return unet.to(args.device).train()
 
 

@@ -17,9 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, Figure, in_turn, parser, ratios, show
+from common import FOLDER, ROOT, Figure, in_turn, parser, ratios, show
 
-FOLDER = ROOT / "build" / "sd15-random"  # as in make_full_size.py, which would import what is to be timed
 BOUND, ANSWER = 1.3, 1.0
 
 

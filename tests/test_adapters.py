@@ -229,9 +229,11 @@ def against_peft(name, relative, autocast):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("relative", [1e-4, 0.3])
 @pytest.mark.parametrize("name", WIDE)
-def test_bf16_errors_are_no_larger_than_pefts(name, relative, autocast):
-    """Of the output (a bias is added after the product, and rounded once more), of the share of the effect that is left in it, and of each gradient. Without autocast
-    peft multiplies its fp32 factors in fp32: its gradients of them then have half of our error of a third of a percent, at the price of an fp32 copy of each input."""
+def test_bf16_loses_no_more_of_the_effect_than_peft_and_other_errors_stay_within_bounds(name, relative, autocast):
+    """Of the effect no larger share is lost in the output than with peft (to a thousandth): with matrices at most 6 percent of an effect of 1e-4, of which peft loses 94, and a
+    thousandth of a large one; with a 3x3 convolution as much as with peft. Other errors may be larger than peft's, within bounds: that of the output 1.02 times (a Linear
+    without bias) or 1.45 times (a bias is added after the product, and rounded once more), those of gradients 1.12 times. Without autocast peft multiplies its fp32 factors
+    in fp32, at the price of an fp32 copy of each input; its gradients of them then have half of our error, which is 0.5 percent at most."""
     ours, theirs, true, base = against_peft(name, relative, autocast)
     effect = true[0] - base[0]
     for place, (mine, other, want) in enumerate(zip(ours, theirs, true, strict=True)):
@@ -239,7 +241,7 @@ def test_bf16_errors_are_no_larger_than_pefts(name, relative, autocast):
         most = (1.02 if name == "linear" else 1.45) if place == 0 else 1.12  # of peft's
         assert error <= (most * limit if autocast or place < 2 else 5e-3)
     lost = [abs((((side[0].double() - base[1]) * effect).sum() / effect.square().sum()).item() - 1) for side in (ours, theirs)]
-    assert lost[0] <= max(0.06 if relative < 1e-3 else 1e-3, lost[1] + 1e-3 if name == "conv 3x3" else 0)
+    assert lost[0] <= lost[1] + 1e-3 and (name == "conv 3x3" or lost[0] <= (0.06 if relative < 1e-3 else 1e-3))
     assert all(grad.dtype == torch.float32 for grad in ours[2:])
 
 

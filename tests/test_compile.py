@@ -19,6 +19,7 @@ from hcpdiff.adapters.base import adapted_layers, put
 from hcpdiff.adapters.lora import Lora
 from hcpdiff.errors import ConfigError
 from hcpdiff.families.base import Models
+from hcpdiff.families.read_parts import CPU, move
 from hcpdiff.families.sd import StableDiffusion
 from hcpdiff.quantized import Plan
 from hcpdiff.train import compiled
@@ -242,7 +243,7 @@ def test_a_compiled_layer_whose_weight_is_in_few_bits_is_the_layer():
     """The sum of both products gets the dense weight; what is kept for the backward pass is the one in few bits."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128)).bfloat16().requires_grad_(False)
-    Plan("int8").apply(model)
+    move(model, CPU, Plan("int8").keeper(model))
     lora = Lora(model[0], 4, 2)
     lora.reset(torch.rand(lora.down.shape))
     nn.init.normal_(lora.up, std=0.1)

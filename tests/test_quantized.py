@@ -16,6 +16,7 @@ from hcpdiff.adapters.lora import Lora
 from hcpdiff.checkpoint.safetensors_header import read_header
 from hcpdiff.errors import CheckpointError
 from hcpdiff.families import detect
+from hcpdiff.families.read_parts import CPU, move
 from hcpdiff.quantized import Plan, Quantized, stored_bytes
 from hcpdiff.quantized.codes import BLOCK, CODES, INT8, NF4, decode, encode
 
@@ -139,7 +140,7 @@ def test_first_and_last_layers_small_ones_and_all_that_is_no_matrix_stay_dense()
     assert codes["mid_block.resnets.0.conv1.weight"] == INT8 and codes["mid_block.attentions.0.proj_in.weight"] == codes["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"] == NF4
     assert set(Plan("int8").codes(unet).values()) == {INT8}
     names, (kept, dense) = [name for name, _ in unet.named_parameters()], plan.bytes(unet)
-    plan.apply(unet)
+    move(unet, CPU, plan.keeper(unet))
     assert [name for name, _ in unet.named_parameters()] == names == list(unet.state_dict())
     assert stored_bytes(unet) == kept < dense / 2
     put(unet.mid_block.resnets[0].conv1, Lora(unet.mid_block.resnets[0].conv1, 4, 4.0))
@@ -168,7 +169,7 @@ def test_recomputing_activations_changes_no_gradient(code):
     for checkpointing in (False, True):
         torch.manual_seed(4)
         unet = make_unet(widths=(32, 64, 64, 64)).requires_grad_(False).train()
-        Plan(code).apply(unet)
+        move(unet, CPU, Plan(code).keeper(unet))
         layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
         put(layer, Lora(layer, 2, 2.0))
         layer.adapter.reset(torch.rand(layer.adapter.down.shape))
@@ -194,7 +195,7 @@ def test_a_model_is_read_layer_by_layer_and_no_dense_weight_outlives_its_turn(ti
     assert len(dense) == len(Plan("int8").codes(models.unet)) == sum(isinstance(parameter, Quantized) for parameter in models.unet.parameters()) > 100
     assert not any(parameter.is_meta or parameter.requires_grad for parameter in models.unet.parameters())
     plain = detect(tiny_sd1).load(tiny_sd1, "tiny", ["unet"], torch.bfloat16)
-    Plan("int8").apply(plain.unet)
+    move(plain.unet, CPU, Plan("int8").keeper(plain.unet))
     for name, parameter in models.unet.named_parameters():
         assert torch.equal(parameter.float(), plain.unet.get_parameter(name).float()), name
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from .codes import BLOCK, INT8, NF4, kept_bytes
@@ -36,14 +35,6 @@ class Plan:
         frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
         dense = {name: parameter.numel() * parameter.dtype.itemsize for name, parameter in frozen.items()}
         return sum(kept_bytes(frozen[name].numel(), codes[name]) if name in codes else size for name, size in dense.items()), sum(dense.values())
-
-    @torch.no_grad()
-    def apply(self, model: nn.Module) -> None:
-        """Puts them in the place of a loaded model's dense weights, one after the other."""
-        keep = self.keeper(model)
-        for name in self.codes(model):
-            path, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(path), leaf, nn.Parameter(keep(name, model.get_parameter(name)), requires_grad=False))
 
     def keeper(self, model: nn.Module) -> Callable[[str, Tensor], Tensor]:
         """(parameter's name, weight) -> what is kept of it, for a model whose weights are read one by one; it may be on meta now."""
