@@ -223,6 +223,7 @@ ROWS = [
     Row("model weights that are cut short", "底模权重文件被截断", T, lambda: os.truncate("model/unet/diffusion_pytorch_model.safetensors", 5000), ("unet cannot be loaded as UNet2DConditionModel",)),
     Row("model weights as a pickle with code in it", "底模权重是含代码的 pickle", T, hostile_weights, ("unet cannot be loaded", "a pickle in it is damaged, or holds more than tensors")),
     Row("a noise schedule of 10¹³ steps", "噪声调度有 10¹³ 步", T, edited("model/scheduler/scheduler_config.json", num_train_timesteps=10**13), ("num_train_timesteps = 10000000000000 must be a whole number from 1 to 1000000",)),
+    Row("an index of weights without a map", "权重索引中没有映射表", T, text("model/unet/diffusion_pytorch_model.safetensors.index.fp16.json", "{}"), ("has no map of weights to files",)),
     Row("an index that names files outside its folder", "索引指向文件夹之外的文件", T, text("model/unet/x.safetensors.index.json", '{"weight_map": {"a": "../../x"}}'), ("names files outside its folder, such as '../../x'",)),
     Row("a hub id without a network", "无网络时使用模型名", T, ["model.pretrained_model_name_or_path=some/model"], ("not in the local cache, and the hub cannot be reached", "HF_ENDPOINT")),
     Row("the guide's placeholder VAE", "指南中的占位 VAE", T, ["model.vae=any3.0/vae"], ("model.vae = 'any3.0/vae': not a local folder, not in the local cache",)),

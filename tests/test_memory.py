@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import shutil
 import weakref
 from functools import partial
@@ -9,17 +10,18 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from single_models import make_parts, save_single
+from single_models import ldm_state, make_parts, save_single
 from test_run import CONFIG, train  # noqa: F401 - the fixture
 from transformers import CLIPTextModel
 
 from hcpdiff.adapters.base import adapted_layers
 from hcpdiff.config.load import load
-from hcpdiff.config.schema import LoraGroup, RunConfig
-from hcpdiff.errors import ConfigError
+from hcpdiff.config.schema import LoraGroup, ModelConfig, RunConfig
+from hcpdiff.errors import CheckpointError, ConfigError
 from hcpdiff.families import detect
 from hcpdiff.families.base import Models
 from hcpdiff.families.weight_file import WeightFile
+from hcpdiff.train.base import BaseModel
 from hcpdiff.train.conditioning import FrozenText
 from hcpdiff.train.parallel import Parallel
 from hcpdiff.train.run import Run
@@ -43,21 +45,21 @@ def equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 
-def sharded(folder, parts: int = 3) -> None:
+def sharded(folder, parts: int = 3, variant: str = "") -> None:
     """A folder's UNet in several files, as the hub has large ones."""
     tensors = load_file(folder / FILE)
     (folder / FILE).unlink()
     names = {name: f"diffusion_pytorch_model-{i % parts + 1:05}-of-{parts:05}.safetensors" for i, name in enumerate(tensors)}
     for file in set(names.values()):
         save_file({name: tensors[name] for name in names if names[name] == file}, folder / "unet" / file)
-    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}), "utf-8")
+    (folder / "unet" / f"diffusion_pytorch_model.safetensors.index{variant}.json").write_text(json.dumps({"metadata": {}, "weight_map": names}), "utf-8")
 
 
 # ---- outlines ---------------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form,dtype", [("folder", torch.float32), ("half", torch.float32), ("shards", torch.float16), ("variant", torch.bfloat16),
-                                        ("single file", torch.bfloat16), ("pickle", torch.float32)])
+                                        ("variant in shards", torch.float32), ("single file", torch.bfloat16), ("pickle", torch.float32)])
 def test_an_outline_that_was_read_later_is_the_model_that_is_loaded_at_once(tiny_sd1, tmp_path, form, dtype):
     model, more = tmp_path / "model", {}
     shutil.copytree(tiny_sd1, model)
@@ -67,6 +69,9 @@ def test_an_outline_that_was_read_later_is_the_model_that_is_loaded_at_once(tiny
         sharded(model)
     elif form == "variant":
         (model / FILE).rename(model / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+        more = {"variant": "fp16"}
+    elif form == "variant in shards":
+        sharded(model, variant=".fp16")
         more = {"variant": "fp16"}
     elif form == "pickle":
         torch.save(load_file(model / FILE), model / "unet" / "diffusion_pytorch_model.bin")
@@ -125,6 +130,59 @@ def test_of_a_file_one_tensor_at_a_time_is_held_beside_the_model(tiny_sd1, monke
     monkeypatch.setattr(WeightFile, "tensor", tensor)
     models.read("unet", CPU)
     assert len(held) > 600 and most[0] <= 1
+
+
+@pytest.mark.parametrize("form,replaced", [("folder", True), ("shards", False), ("single file", False), ("pickle", True)])
+def test_weights_of_a_file_that_is_not_the_one_that_was_looked_at_are_refused(tiny_sd1, tmp_path, form, replaced):
+    model = file = tmp_path / "model"
+    if form == "pickle":
+        model = file = tmp_path / "m.ckpt"
+        torch.save({"state_dict": ldm_state("sd1", make_parts("sd1"))}, file)
+    elif form == "single file":
+        model = file = save_single(tmp_path / "one.safetensors", "sd1", make_parts("sd1"))
+    else:
+        shutil.copytree(tiny_sd1, model)
+        file = model / FILE
+    if form == "shards":
+        sharded(model)
+        file = sorted((model / "unet").glob("*.safetensors"))[-1]
+    base = BaseModel(ModelConfig(pretrained_model_name_or_path=str(model)))
+    base.load(torch.float32, ())
+    changed = bytearray(file.read_bytes())
+    changed[-1000] ^= 1
+    if replaced:  # by one of the same size and time
+        times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+        (tmp_path / "other").write_bytes(changed)
+        os.utime(tmp_path / "other", ns=times)
+        os.replace(tmp_path / "other", file)
+    else:
+        file.write_bytes(changed)
+    with pytest.raises(CheckpointError, match="replaced or changed while this was starting") as caught:
+        base.read("unet", CPU)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tensors_of_a_ckpt_are_held_only_while_parts_are_read(tmp_path, monkeypatch, zipped):
+    parts, held, real = make_parts("sd1"), [], torch.load
+    torch.save({"state_dict": ldm_state("sd1", parts)}, tmp_path / "m.ckpt", _use_new_zipfile_serialization=zipped)
+
+    def noted(*args, **keys):
+        state = real(*args, **keys)
+        held.append([weakref.ref(tensor) for tensor in state["state_dict"].values()])
+        return state
+
+    def alive() -> int:
+        gc.collect()
+        return sum(ref() is not None for tensors in held for ref in tensors)
+
+    monkeypatch.setattr(torch, "load", noted)
+    base = BaseModel(ModelConfig(pretrained_model_name_or_path=str(tmp_path / "m.ckpt")))
+    assert len(held) == 1 and alive() == len(base.place.shapes)
+    base.load(torch.float32, ())
+    assert len(held) == 1 and alive() == 0 and len(base.place.shapes) == len(held[0])
+    base.read("unet", CPU)
+    assert len(held) == 2 and alive() == 0 and equal(base.models.unet.state_dict(), parts["unet"].state_dict())
 
 
 # ---- a run ------------------------------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,14 @@
 """Where base models come from: folders, the hub's cache, and what is said when neither has them."""
 
+import json
+import re
+
 import pytest
 
 from hcpdiff.errors import ConfigError
 from hcpdiff.families import detect
-from hcpdiff.families.source import MOVED, resolve
+from hcpdiff.families.source import MOVED, check_complete, resolve
+from hcpdiff.families.weight_file import diffusers_weights
 
 
 def message(source: str) -> str:
@@ -73,3 +77,20 @@ def test_a_withdrawn_id_takes_the_local_cache_of_the_moved_one(tiny_sd1, tmp_pat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     folder, notices = resolve(old)
     assert (folder / "unet").is_dir() and new in notices[0]
+
+
+OUTSIDE, NO_MAP = "names files outside its folder, such as ", "has no map of weights to files"
+
+
+@pytest.mark.parametrize("variant", ["", "fp16"])
+@pytest.mark.parametrize("content,told", [
+    ({}, NO_MAP), ({"weight_map": ["a"]}, NO_MAP), ({"weight_map": {"a": 1}}, NO_MAP), ({"weight_map": {"a": "../../x.safetensors"}}, OUTSIDE + "'../../x.safetensors'"),
+    ({"weight_map": {"a": "b.safetensors", "c": "/x.safetensors"}}, OUTSIDE + "'/x.safetensors'"), ({"weight_map": {"a": ".."}}, OUTSIDE + "'..'")])
+def test_an_index_that_is_none_or_leads_out_of_its_folder_is_refused(tmp_path, variant, content, told):
+    index = tmp_path / "unet" / f"diffusion_pytorch_model.safetensors.index{variant and '.' + variant}.json"
+    index.parent.mkdir()
+    (tmp_path / "unet" / "config.json").write_text("{}", "utf-8")
+    index.write_text(json.dumps(content), "utf-8")
+    for read in (lambda: check_complete(tmp_path, ["unet"]), lambda: diffusers_weights(tmp_path / "unet", variant or None).shapes):
+        with pytest.raises(ConfigError, match=re.escape(told)):
+            read()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .safetensors_header import ITEM_BYTES, MAX_HEADER, METADATA, Entry, Header, parse_header, unreadable
+from .safetensors_header import ITEM_BYTES, MAX_HEADER, METADATA, Entry, Header, check_same, parse_header, stamp_of, unreadable
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
@@ -155,9 +155,10 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_tensor(path: Path, header: Header, name: str) -> Tensor:
-    """One tensor of a file whose header was read before (on the CPU, owned by the caller)."""
+    """One tensor of a file whose header was read before (on the CPU, owned by the caller). CheckpointError where it is not that file any more."""
     try:
         with open(path, "rb") as file:
+            check_same(path, header.stamp, stamp_of(os.fstat(file.fileno())))
             file.seek(header.payload + header.entries[name].begin)
             return _tensor(file, header.entries[name])
     except OSError as error:

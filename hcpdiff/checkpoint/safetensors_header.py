@@ -17,6 +17,7 @@ from .paths import missing
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 METADATA = "__metadata__"
+Stamp = tuple[int, int, int]  # what tells that a file is still the same: inode, bytes, time of its last change (ns)
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """Tensors by name, in file order; the file's metadata; the offset at which the tensors' bytes begin."""
+    """Tensors by name, in file order; the file's metadata; the offset at which the tensors' bytes begin; which file it was."""
 
     entries: dict[str, Entry]
     metadata: dict[str, str]
     payload: int
+    stamp: Stamp
 
 
 def read_header(path: Path | str) -> Header:
@@ -46,6 +48,18 @@ def read_header(path: Path | str) -> Header:
             return parse_header(file, path)
     except OSError as error:
         raise unreadable(path, error) from error
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    """Of a file's status."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def check_same(path: Path, before: Stamp, now: Stamp) -> None:
+    """CheckpointError where the file at `path` is not the one, or not as it was, when `before` was taken."""
+    if now != before:
+        raise CheckpointError(f"{path} was replaced or changed while this was starting: its weights are not those of the header that was read from it. "
+                              "Let nothing write to it, and start again.")
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
@@ -59,7 +73,8 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
 
 def parse_header(file: BinaryIO, path: Path) -> Header:
     """The checked header of an open file, which is left at the first byte of the tensors."""
-    size = os.fstat(file.fileno()).st_size
+    stamp = stamp_of(os.fstat(file.fileno()))
+    size = stamp[1]
     start, first = file.read(8), file.read(1)
     if first != b"{" and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"):  # with '{' after them, these bytes are a length
         raise CheckpointError(f"{path} is a pickle (a file of torch.save), which may run code when it is read. Only safetensors files are read here.")
@@ -72,7 +87,7 @@ def parse_header(file: BinaryIO, path: Path) -> Header:
     metadata = _checked_metadata(names.pop(METADATA, {}), path)
     entries = {name: _checked_entry(name, entry, path) for name, entry in names.items()}
     _check_layout(entries, size - 8 - length, path)
-    return Header(entries, metadata, 8 + length)
+    return Header(entries, metadata, 8 + length, stamp)
 
 
 def _what(start: bytes, size: int) -> str:

@@ -121,7 +121,7 @@ class InferConfig:
 
     seed: int | list[int] | None = key(None, "Seed of the first picture; picture i has seed + i. A list: one picture per seed. null: a random one, which is said.",
                                        "第一张图的种子，第 i 张为 seed + i。列表：每个种子一张图。null：随机并打印。", ge=0, lt=2**32)
-    bs: int = key(1, "Pictures drawn at once; does not change the pictures.", "同时生成的图片数；不影响图片内容。", ge=1, le=10_000)
+    bs: int = key(1, "Pictures drawn at once; does not change the pictures but for rounding.", "同时生成的图片数；除舍入误差外不影响图片内容。", ge=1, le=10_000)
     num: int = key(1, "How often: bs × num pictures per prompt.", "次数：每个提示词共 bs × num 张。", ge=1, le=100_000)
     infer_args: dict = key({}, "Arguments of the pipeline: width, height (default: the model's own size), num_inference_steps, guidance_scale, eta …",
                            "pipeline 的参数：width、height（默认为模型自身尺寸）、num_inference_steps、guidance_scale、eta 等。")

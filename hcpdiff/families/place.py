@@ -65,6 +65,9 @@ class Place(Protocol):
     def mark(self, part: str) -> str:
         """A digest by which the part's weights are known again, whatever the place is called."""
 
+    def release(self) -> None:
+        """Lets go what it holds of the weights between two readings."""
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -125,6 +128,9 @@ class Folder:
     def mark(self, part: str) -> str:
         """sha256 over names, sizes and samples of its weight files."""
         return file_mark(self.path / part)
+
+    def release(self) -> None:
+        """It holds nothing."""
 
 
 def file_mark(folder: Path) -> str:

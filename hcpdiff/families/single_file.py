@@ -207,3 +207,7 @@ class SingleFile:
     def mark(self, part: str) -> str:
         """A digest of the part's own tensors: the file's name, and what else it holds, do not count."""
         return self.weights.mark(list(self.names(part).values()))
+
+    def release(self) -> None:
+        """Lets go the tensors of a .ckpt; shapes stay."""
+        self.weights.release()

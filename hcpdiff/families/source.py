@@ -14,7 +14,8 @@ MODEL_KEY = "model.pretrained_model_name_or_path"  # the trainer's; the visualiz
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")  # of all families
 SINGLE = (".safetensors", ".ckpt")  # of single-file models
 ALIGNMENT = 64  # bytes; torch gives its own tensors this much
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+INDEX = "*.index*.json"  # a variant stands in between: .index.fp16.json
+WEIGHTS = ("*.safetensors", f"*.safetensors{INDEX[1:]}", "*.bin", f"*.bin{INDEX[1:]}")
 
 
 def resolve(source: str, revision: str | None = None, variant: str | None = None, key: str = MODEL_KEY) -> tuple[Path, list[str]]:
@@ -176,19 +177,27 @@ def _missing(folder: Path, part: str) -> list[str]:
         faults.append(f"  {part}/ has no weights (.safetensors or .bin).")
     if (place / "adapter_config.json").is_file():
         faults.append(f"  {part}/ holds adapter_config.json: an adapter that would bring another model's files. Take it out, or merge it into the weights.")
-    return faults + [fault for index in sorted(place.glob("*.index.json")) for fault in _stray_shards(index)]
+    return faults + [fault for index in sorted(place.glob(INDEX)) for fault in _shard_faults(index)]
 
 
-def _stray_shards(index: Path) -> list[str]:
-    """Weight files that an index names outside its own folder."""
+def _shard_faults(index: Path) -> list[str]:
     try:
-        named = read_json(index).get("weight_map")
+        shards_of(index)
     except ConfigError as error:
         return [f"  {fault}" for fault in error.faults]
+    return []
+
+
+def shards_of(index: Path) -> list[str]:
+    """Names of the weight files beside an index, of which it is one; ConfigError where it is none, or names files outside its own folder."""
+    named = read_json(index).get("weight_map")
     if not isinstance(named, Mapping) or not all(isinstance(name, str) for name in named.values()):
-        return [f"  {index} has no map of weights to files."]
-    stray = sorted({name for name in named.values() if Path(name).name != name or "\\" in name})
-    return [f"  {index} names files outside its folder, such as {stray[0]!r}."] if stray else []
+        raise ConfigError(f"{index} has no map of weights to files.")
+    names = sorted(set(named.values()))
+    stray = [name for name in names if Path(name).name != name or name in ("", "..") or "\\" in name]
+    if stray:
+        raise ConfigError(f"{index} names files outside its folder, such as {stray[0]!r}.")
+    return names
 
 
 def load_whole(kind: type, place: Path | str, key: str, options: dict):

@@ -1,15 +1,16 @@
 """A file of many tensors, read one at a time: a .safetensors file, or a .ckpt whose pickle holds nothing but tensors."""
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.safetensors_header import Header, read_header
+from ..checkpoint.safetensors_header import Header, Stamp, check_same, read_header, stamp_of, unreadable
 from ..errors import CheckpointError
-from .source import read_json
+from .source import shards_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ class WeightFile:
         return self.header.metadata
 
     def tensor(self, name: str) -> "Tensor":
-        """One tensor, owned by the caller, as it is stored."""
+        """One tensor, owned by the caller, as it is stored. CheckpointError where the file is another than when its header was read."""
         from ..checkpoint.io import read_tensor
 
         return read_tensor(self.path, self.header, name)
@@ -48,6 +49,7 @@ class WeightFile:
         """sha256 over names, kinds, shapes and a sample in the middle of each of these tensors; the file's own name and its other tensors do not count."""
         digest = hashlib.sha256()
         with open(self.path, "rb") as file:
+            check_same(self.path, self.header.stamp, stamp_of(os.fstat(file.fileno())))
             for name in sorted(names):
                 entry = self.header.entries[name]
                 digest.update(f"{name}{entry.dtype}{entry.shape}".encode())
@@ -55,13 +57,16 @@ class WeightFile:
                 digest.update(file.read(min(SAMPLE, entry.end - entry.begin)))
         return digest.hexdigest()
 
+    def release(self) -> None:
+        """Lets go what is held of the tensors; what is asked for later is read again."""
+
 
 class Shards(WeightFile):
     """The safetensors files that an index (`path`) names, as one."""
 
     @cached_property
     def _files(self) -> dict[str, WeightFile]:
-        files = {name: WeightFile(self.path.parent / name) for name in sorted(set(read_json(self.path)["weight_map"].values()))}
+        files = {name: WeightFile(self.path.parent / name) for name in shards_of(self.path)}
         return {name: file for file in files.values() for name in file.shapes}
 
     @cached_property
@@ -75,12 +80,23 @@ class Shards(WeightFile):
 
 
 class PickleFile(WeightFile):
-    """A .ckpt file. The tensors are mapped, not copied, where the file is of torch's zip form."""
+    """A .ckpt file. The tensors are mapped, not copied, where the file is of torch's zip form; else all are held, until `release`."""
+
+    @cached_property
+    def _stamp(self) -> Stamp:
+        return self._now()
+
+    def _now(self) -> Stamp:
+        try:
+            return stamp_of(os.stat(self.path))
+        except OSError as error:
+            raise unreadable(self.path, error) from error
 
     @cached_property
     def _state(self) -> dict[str, Any]:
         import torch
 
+        check_same(self.path, self._stamp, self._now())
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=_is_zip(self.path))
         except Exception as error:  # torch raises anything for a damaged pickle, and UnpicklingError for what may not be read
@@ -105,6 +121,10 @@ class PickleFile(WeightFile):
     def tensor(self, name: str) -> "Tensor":
         """One tensor, mapped from the file."""
         return self._state[name]
+
+    def release(self) -> None:
+        """Lets the tensors go; shapes stay."""
+        self.__dict__.pop("_state", None)
 
     def mark(self, names: list[str]) -> str:
         """As of a safetensors file, of the same tensors' samples."""

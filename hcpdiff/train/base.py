@@ -42,6 +42,7 @@ class BaseModel:
         self.models = self.family.load(self.place, self._name(), None, dtype, self.config.vae, self.config.variant, outlines=[denoiser_of(self.family).name])
         self._set_scheduler(allow)
         self.marks = {component.name: self.place.mark(component.name) for component in self.family.components} | {"vae": fingerprint(self.models.vae)}
+        self.place.release()  # the denoiser is read when all that is encoded has been
         return self.models
 
     def read(self, name: str, device: torch.device) -> None:
@@ -49,6 +50,7 @@ class BaseModel:
         part = self.models.modules[name]
         keep = self.quantization.keeper(part) if self.quantization and name == denoiser_of(self.family).name else None
         self.models.read(name, device, keep)
+        self.place.release()
 
     @property
     def quantization(self) -> Plan | None:

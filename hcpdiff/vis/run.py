@@ -82,6 +82,7 @@ def prepare(request: Request, allow: Sequence[str], say: Callable[[str], None]) 
     devices.set_threads(cfg.cpu_threads)
     base, family, loras, words = check_parts(request, allow, say)
     models, scheduler = load(cfg, family, base, dtype, allow)
+    base.release()
     version = family.base_version(models)
     for notice in dict.fromkeys(notice for lora in loras for notice in lora.say(version)):
         say(f"note: {notice}")
