@@ -17,7 +17,7 @@ from .paths import missing
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 METADATA = "__metadata__"
-Stamp = tuple[int, int, int]  # what tells that a file is still the same: inode, bytes, time of its last change (ns)
+Stamp = tuple[int, int]  # what tells that a file is still the same: bytes, time of its last change (ns); inodes change by themselves on some mounts
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def read_header(path: Path | str) -> Header:
 
 def stamp_of(status: os.stat_result) -> Stamp:
     """Of a file's status."""
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def check_same(path: Path, before: Stamp, now: Stamp) -> None:
