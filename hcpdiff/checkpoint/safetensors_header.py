@@ -74,7 +74,7 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
 def parse_header(file: BinaryIO, path: Path) -> Header:
     """The checked header of an open file, which is left at the first byte of the tensors."""
     stamp = stamp_of(os.fstat(file.fileno()))
-    size = stamp[1]
+    size = stamp[0]
     start, first = file.read(8), file.read(1)
     if first != b"{" and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"):  # with '{' after them, these bytes are a length
         raise CheckpointError(f"{path} is a pickle (a file of torch.save), which may run code when it is read. Only safetensors files are read here.")
