@@ -73,7 +73,7 @@ def set_attention(unet: torch.nn.Module, choice: str, key: str) -> str:
 
 def check_compiler(device: torch.device, key: str) -> None:
     """ConfigError names `key` where torch.compile cannot work: what it needs is looked for, and then a small function is compiled."""
-    lacking, way_out = _no_compiler(device), f"Set {key}: false; the run is the same, only slower."
+    lacking, way_out = _no_compiler(device), f"Set {key}: false; the run is the same without it."
     if lacking:
         raise ConfigError(f"{key} = true: {lacking} {way_out}")
     numbers = torch.arange(16, dtype=torch.float32, device=device)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_adapters import LAYERS, adapted
+from test_run import CONFIG
 from tiny import make_text_encoder
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -160,18 +161,7 @@ def test_there_is_room_for_every_size_of_every_region():
         assert torch._dynamo.config.accumulated_recompile_limit >= 12 * regions
 
 
-CONFIG = """
-train: {{train_steps: 2, cpu_threads: 1, log_step: 1, optimizer: {{_target_: torch.optim.SGD}}}}
-model: {{pretrained_model_name_or_path: '{model}'}}
-lora_unet: [{{lr: 1.0, rank: 2, layers: ['re:.*attn2\\.to_k$']}}]
-lora_text_encoder: [{{lr: 1.0, rank: 2, layers: ['re:.*q_proj$']}}]
-preview: {{prompts: [thing], every: 1, num_inference_steps: 1, width: 64, height: 64}}
-data:
-  one:
-    batch_size: 2
-    source: {{a: {{img_root: images, word_names: {{pt1: thing}}}}}}
-    bucket: {{target_area: 4096, num_bucket: 1}}
-"""
+MORE = ("lora_text_encoder=[{lr: 1.0, rank: 2, layers: ['re:.*q_proj$']}]", "preview={prompts: [thing], every: 1, num_inference_steps: 1, width: 64, height: 64}")
 
 
 @pytest.fixture
@@ -180,7 +170,7 @@ def train(tmp_path, monkeypatch, tiny_sd1):
     monkeypatch.chdir(tmp_path)
     run_help.images(tmp_path / "images", count=4, sizes=((64, 64),))
     (tmp_path / "cfg.yaml").write_text(CONFIG.format(model=tiny_sd1), encoding="utf-8")
-    return lambda name, *overrides: run_help.run("cfg.yaml", f"exp_dir={name}", *overrides)
+    return lambda name, *overrides: run_help.run("cfg.yaml", f"exp_dir={name}", *MORE, *overrides)
 
 
 def weights(run):

@@ -62,4 +62,4 @@ def compile_failed(error: RuntimeError) -> HCPError | None:
     """What to say when a compiler gives up in the middle of a step; None for other errors."""
     if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return None
-    return ConfigError(f"model.compile: a part of the model could not be compiled: {machine.first_line(error)} Set model.compile: false; the run is the same, only slower.")
+    return ConfigError(f"model.compile: a part of the model could not be compiled: {machine.first_line(error)} Set model.compile: false; the run is the same without it.")
