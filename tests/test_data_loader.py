@@ -4,8 +4,12 @@ import dataclasses
 import itertools
 import multiprocessing
 import os
+import select
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -201,6 +205,35 @@ def test_a_file_that_is_damaged_or_gone_after_the_start_is_named_in_the_main_pro
         list(data.batches(count=data.steps_per_epoch))
     assert "01.png: the file is gone" in str(caught.value) or "02.png: image file is truncated" in str(caught.value)
     assert "Traceback" not in str(caught.value)
+    assert not multiprocessing.active_children()  # though `caught` still holds the error, and with it all that it came through
+
+
+def test_a_closed_iterator_has_no_processes_left(root):
+    batches = build(full(root), workers=2).batches()
+    next(batches)
+    assert multiprocessing.active_children()
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for a process in /proc")
+def test_workers_end_with_a_main_process_that_was_killed(root, tmp_path):
+    """They ask for nothing and are told nothing: they look."""
+    (tmp_path / "main.py").write_text(
+        "import multiprocessing, os, signal, sys; from data_help import build, dataset, source\n"
+        "if __name__ == '__main__':\n"
+        "    batches = build(dataset(source(sys.argv[1])), workers=1).batches()\n"
+        "    next(batches)\n"
+        "    print(multiprocessing.active_children()[0].pid, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n")
+    paths = os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parent)))
+    main = subprocess.Popen([sys.executable, tmp_path / "main.py", root], env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True)
+    pid = int(main.stdout.readline())
+    assert main.wait() == -signal.SIGKILL
+    ended = select.select([main.stdout], [], [], 60)[0] and not main.stdout.read()  # the worker has it open too
+    if not ended:
+        os.kill(pid, signal.SIGKILL)
+    assert ended
 
 
 def test_a_file_that_changes_its_size_after_the_start_is_named(tmp_path):

@@ -138,7 +138,7 @@ def test_a_loader_process_that_is_killed_is_named_and_no_bug_of_ours(train, monk
 
     hooks, others = Run._hooks, {child.pid for child in multiprocessing.active_children()}
     monkeypatch.setattr(Run, "_hooks", lambda self: [*hooks(self), Killer()])
-    with pytest.raises(HCPError, match="a process that loads images has ended: .*train.workers") as caught:
+    with pytest.raises(HCPError, match="a process that loads images has ended. .*train.workers") as caught:
         train("train.train_steps=500", "train.workers=1", "data.one.cache_latents=none")
     assert caught.value.exit_code == 2
 

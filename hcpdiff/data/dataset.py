@@ -1,6 +1,6 @@
 """All training data of a run: indexed, checked, bucketed, planned; then cached and served as batches."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -216,7 +216,7 @@ class TrainData:
             batch.mask = torch.stack([entry.get("mask", plain) for entry in entries])[:, None]
         return batch
 
-    def batches(self, start: Sequence[Position] | None = None, rank: int = 0, world: int = 1, first_index: int = 0, count: int | None = None) -> Iterator[StepBatches]:
+    def batches(self, start: Sequence[Position] | None = None, rank: int = 0, world: int = 1, first_index: int = 0, count: int | None = None) -> Generator[StepBatches, None, None]:
         """(step, positions after it, this rank's batches) from `start` (default: the beginning), `count` steps or without end.
 
         Loader processes (spawn) are used only where images are decoded; a thread makes batches ahead else. Close the iterator to stop either.

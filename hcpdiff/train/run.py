@@ -81,7 +81,7 @@ class Run:
             raise HCPError(f"out of memory while {self.phase}. Other programs on the device, data.<dataset>.batch_size, bucket.target_area and "
                            f"model.gradient_checkpointing decide how much is needed.") from error
         except RuntimeError as error:
-            lost = worker_lost(error) or compile_failed(error)
+            lost = compile_failed(error)
             if lost is None:
                 raise
             raise lost from error
@@ -298,11 +298,3 @@ class Run:
         started = {"started": self._started()} if self.cfg.train.export.webui else {}  # else equal runs have equal states
         return {**started, "versions": report.versions(self.cfg.train.optimizer["_target_"]), "device": machine.describe(self.device), "world": self.parallel.world, "accumulation": self.accumulation,
                 "marks": self.base.marks, "learns": self.base.learns(), "alphas": alphas, "data": data_fingerprint(self.data.datasets), "config": self.loaded.plain}
-
-
-def worker_lost(error: RuntimeError) -> HCPError | None:
-    """What to say when torch tells that a loader process has ended, which it may do anywhere (its handler of SIGCHLD raises)."""
-    if not str(error).startswith("DataLoader worker"):
-        return None
-    return HCPError(f"a process that loads images has ended: {str(error).strip()} Was it killed because the main memory was full? Lower train.workers, or set cache_latents, "
-                    f"which needs none. What was saved is whole.")

@@ -1,8 +1,8 @@
 """The loop. It knows batches, a loss, gradients, an optimizer and hooks; it knows no model."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -40,8 +40,8 @@ class Hook:
 class Feed(Protocol):
     """Where batches come from."""
 
-    def batches(self, start: Sequence, rank: int, world: int, first_index: int, count: int) -> Iterable[tuple[Any, list, list]]:
-        """(step, positions after it, this rank's micro-batches) for `count` optimizer steps."""
+    def batches(self, start: Sequence, rank: int, world: int, first_index: int, count: int) -> Generator[tuple[Any, list, list], None, None]:
+        """(step, positions after it, this rank's micro-batches) for `count` optimizer steps; closed, it stops what makes them."""
 
     def names(self, step: Any, world: int) -> Names:
         """(id, weight) of each sample of a step, by process and micro-batch. Asked for only when a step went wrong."""
@@ -93,8 +93,17 @@ class Trainer:
 
     def fit(self, stop: StopRequest) -> bool:
         """Trains to the end, or to the end of the step in which any process was asked to stop (the next one with `lag`); whether it is the end."""
+        feed = self.feed.batches(self.state.positions, self.parallel.rank, self.parallel.world, self.state.step, self.total_steps - self.state.step)
+        with closing(feed):  # now, and not when an error that holds it is forgotten
+            if not self._steps(feed, stop):
+                return False
+        self._learn()
+        self._tell("on_end")
+        return True
+
+    def _steps(self, feed: Iterable[tuple[Any, list, list]], stop: StopRequest) -> bool:
+        """Whether none of them was the last by a wish."""
         state, epoch = self.state, None
-        feed = self.feed.batches(state.positions, self.parallel.rank, self.parallel.world, state.step, self.total_steps - state.step)
         for step, after, micro in feed:
             if state.positions[0].epoch != epoch:
                 epoch = state.positions[0].epoch
@@ -106,8 +115,6 @@ class Trainer:
             if stopped and state.step < self.total_steps:
                 self._tell("on_stop")
                 return False
-        self._learn()
-        self._tell("on_end")
         return True
 
     def _tell(self, event: str, *args) -> None:
