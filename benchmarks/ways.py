@@ -11,7 +11,7 @@ ours     hcpdiff's adapters, half-precision copies of them, gradient buffer, cli
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 

@@ -1,0 +1,98 @@
+"""One layer with a LoRA, forward and backward, to the frozen layer alone: ours, peft's, and through a weight that has the LoRA merged in.
+
+    python benchmarks/layers.py --threads 1                        # the layers of SD1.5 at 512 px, rank 8, fp32
+    python benchmarks/layers.py --device cuda --dtype bf16
+
+`merged` is the best that this route can do: W + s up down is made anew in every step, since every step changes up and down; one product each
+in forward and backward does the base and the LoRA together; the factors' gradients come from rank-sized products. It is measured to know
+whether `ours`, which keeps the LoRA beside the weight, should give way to it anywhere. In half precision it would round the LoRA's effect away.
+"""
+
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import torch
+from common import Figure, in_turn, parser, ratios, show
+from peft.tuners.lora import Linear as PeftLinear
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hcpdiff.adapters.base import put
+from hcpdiff.adapters.lora import Lora
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHAPES = [(4096, 320, 320), (4096, 320, 2560), (1024, 640, 640), (1024, 640, 5120), (256, 1280, 1280), (256, 1280, 10240)]  # tokens, in, out
+WANTED = 0.01  # seconds that a measurement takes at least: a call is repeated so often
+
+
+class _Merged(torch.autograd.Function):
+    """y = x (W + s up down)^T + b."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, down, up, scale):
+        whole = torch.addmm(weight, up, down, alpha=scale)
+        ctx.save_for_backward(x, whole, down, up)
+        ctx.scale = scale
+        return F.linear(x, whole, bias)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, whole, down, up = ctx.saved_tensors
+        gh, h = (up.t() @ g.t()).t(), x @ down.t()
+        return g @ whole, None, None, (gh.t() @ x).mul_(ctx.scale), (h.t() @ g).t().mul_(ctx.scale), None
+
+
+def ways(layer: nn.Linear, rank: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Functions of x (N, in) that give y (N, out), on the same frozen weight."""
+    lora = Lora(layer, rank, rank)
+    lora.reset(torch.rand_like(lora.down))
+    base = nn.Linear(layer.in_features, layer.out_features, device=layer.weight.device, dtype=layer.weight.dtype)
+    base.weight, base.bias = layer.weight, layer.bias
+    peft = PeftLinear(base, "default", LoraConfig(r=rank, lora_alpha=rank), r=rank, lora_alpha=rank)
+    found = {"floor": base, "peft": peft, "ours": layer}
+    put(layer, lora)
+    if layer.weight.dtype == torch.float32:
+        down, up = lora.down.detach().clone().requires_grad_(), lora.up.detach().clone().requires_grad_()
+        found["merged"] = lambda x: _Merged.apply(x, layer.weight, layer.bias, down, up, lora.scale)
+    return found
+
+
+def measure(args) -> list[Figure]:
+    """Three figures for each layer: ours to the floor, to peft's and to the merged weight."""
+    figures = []
+    for tokens, width, out in SHAPES:
+        like = {"device": args.device, "dtype": DTYPES[args.dtype]}
+        x, g = torch.randn(args.batch * tokens, width, requires_grad=True, **like), torch.randn(args.batch * tokens, out, **like)
+        layer = nn.Linear(width, out, **like).requires_grad_(False)
+        names = ways(layer, args.rank)
+        works = {name: lambda way=way: way(x).backward(g) for name, way in names.items()}
+        times = max(1, round(WANTED / statistics.median(in_turn({"floor": works["floor"]}, 3, args.device)["floor"])))
+        seconds = in_turn({name: lambda work=work: [work() for _ in range(times)] for name, work in works.items()}, args.rounds, args.device)
+        label = f"layer, {args.batch * tokens} tokens, {width} to {out}, {args.dtype}"
+        for name in [name for name in names if name != "ours"]:
+            values = {f"{which} ms": 1000 * statistics.median(seconds[which]) / times for which in ("ours", name)}
+            figures.append(Figure(label, name, ratios(seconds["ours"], seconds[name]), 1.0 if name == "peft" else None, values=values))
+    return figures
+
+
+def main() -> None:
+    """Measures and prints the table."""
+    made = parser(__doc__, rounds=15)
+    made.add_argument("--batch", type=int, default=1)
+    made.add_argument("--rank", type=int, default=8)
+    made.add_argument("--dtype", choices=DTYPES, default="fp32")
+    args = made.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    show(f"rank {args.rank}: forward and backward of one layer with ours to that of another way", measure(args), args)
+
+
+if __name__ == "__main__":
+    main()
