@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 
+from hcpdiff.checkpoint.paths import locate
 from hcpdiff.config.infer_schema import InferConfig, MergeItem
 from hcpdiff.config.load import load
 from hcpdiff.errors import ConfigError
@@ -49,13 +50,31 @@ def test_run_folder_means_its_newest_step(tmp_path, ckpts):
         assert found[0][:2] == ("unet-100.safetensors", "text_encoder-100.safetensors") and "newest" in finder.notices[0]
 
 
+def test_a_run_folder_means_the_same_files_to_every_reader(tmp_path):
+    run = touch(tmp_path / "run" / "ckpts", "unet-100.safetensors", "unet-200.safetensors", "unet-foo-300.safetensors", "text_encoder-100.safetensors").parent
+    assert list(locate(run).parts) == ["unet"]
+    assert find(tmp_path, lora_path=str(run))[0] == [(locate(run).parts["unet"].name, None, True, 1, 1)]
+    _, finder = find(tmp_path, lora_path=str(run), lora_path_TE=str(run))  # not text_encoder-100 beside unet-200
+    assert len(finder.faults) == 1 and "lora_path_TE" in finder.faults[0] and "text_encoder-100.safetensors" in finder.faults[0], finder.faults
+    touch(run / "ckpts", "text_encoder-200.safetensors", "text_encoder_2-200.safetensors")
+    for text in ("auto", str(run), str(run / "ckpts")):
+        (source,) = Finder().all(config(tmp_path, lora_path=str(run), lora_path_TE=text))
+        assert {"unet": source.path, "text_encoder": source.path_TE, "text_encoder_2": source.second_TE} == locate(run).parts
+
+
+def test_a_run_of_text_encoders_alone_can_be_named_either_way(tmp_path):
+    run = touch(tmp_path / "run" / "ckpts", "text_encoder-20.safetensors").parent
+    assert find(tmp_path, lora_path=str(run))[0] == [("text_encoder-20.safetensors", None, True, 1, 1)]
+    assert find(tmp_path, lora_path_TE=str(run))[0] == [(None, "text_encoder-20.safetensors", True, 1, 1)]
+
+
 def test_missing_file_lists_the_checkpoints_beside_it(tmp_path, ckpts):
     _, finder = find(tmp_path, lora_path=str(ckpts / "unet-1000.safetensors"))
     assert "unet-9.safetensors, unet-90.safetensors, unet-100.safetensors" in finder.faults[0]
     _, finder = find(tmp_path, lora_path=str(tmp_path / "exps" / "rum" / "ckpts" / "unet-100.safetensors"))
     assert f"Runs in {tmp_path / 'exps'}: run." in finder.faults[0]
     _, finder = find(tmp_path, lora_path=str(touch(tmp_path / "empty")))
-    assert "holds no LoRA" in finder.faults[0]
+    assert "holds no weight files" in finder.faults[0]
 
 
 def test_several_loras_by_lists_and_by_merge(tmp_path, ckpts):

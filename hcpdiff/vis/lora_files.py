@@ -2,16 +2,16 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint.paths import STEMS, SUFFIX, locate
 from ..checkpoint.paths import beside as parts_beside
-from ..checkpoint.paths import of_others
 from ..config.infer_schema import InferConfig, MergeItem
+from ..errors import CheckpointError
 from .prompt import LoraTag
 
-SUFFIX = ".safetensors"
 READABLE = (SUFFIX, ".ckpt", ".pt", ".bin")
 STEP = re.compile(r"-(\d+)$")
 
@@ -131,7 +131,7 @@ class Finder:
         return texts
 
     def file(self, key: str, value: str, stem: str = "unet") -> Path | None:
-        """The file that `value` names; of a run folder its newest, of a folder that diffusers or PEFT wrote the one for `stem`."""
+        """The file that `value` names; of a run folder's newest step, or of a folder that diffusers or PEFT wrote, the one for `stem`."""
         path = Path(value).expanduser()
         if path.is_file():
             if path.suffix.lower() in READABLE:
@@ -141,15 +141,20 @@ class Finder:
         if not path.is_dir():
             self.faults.append(missing(key, value, path))
             return None
-        newest = newest_in(path, stem)
-        if newest is None and (other := of_others(path)):
-            return other if isinstance(other, Path) else other.parts.get(stem) or next(iter(other.parts.values()))
-        if newest is None:
-            self.faults.append(f"{key} = {value!r} holds no LoRA: neither ckpts/{stem}-<step>{SUFFIX} nor {stem}-<step>{SUFFIX}. "
-                               f"{listing(path) or 'It holds no .safetensors at all.'}")
+        try:
+            found = locate(path)
+        except CheckpointError as error:
+            self.faults += [f"{key} = {value!r}: {fault}" for fault in error.faults]
             return None
-        self.notices.append(f"{key} = {value!r}: its newest checkpoint is {newest}.")
-        return newest
+        if isinstance(found, Path):
+            return found
+        part = part_for(stem, found.parts)
+        if part is None:
+            self.faults.append(f"{key} = {value!r}: its newest checkpoint is {', '.join(file.name for file in found.parts.values())}, without one of a text encoder. "
+                               f"Name the file that is meant. {listing(path)}".rstrip())
+        elif found.step:
+            self.notices.append(f"{key} = {value!r}: its newest checkpoint is {part}.")
+        return part
 
     def tag(self, tag: LoraTag, lora_dir: str | None) -> LoraSource | None:
         """The file of a webui tag, below lora_dir."""
@@ -222,14 +227,9 @@ def padded(paths: list[Path]) -> list[Path | None]:
     return [*paths, None][:1]
 
 
-def newest_in(folder: Path, stem: str) -> Path | None:
-    """Checkpoint of the highest step below a run folder (`ckpts/`) or in a folder of checkpoints; the UNet's first, else the other one."""
-    for place in (folder / "ckpts", folder):
-        for kind in dict.fromkeys((stem, "unet", "text_encoder", "text_encoder_2")):
-            files = [p for p in place.glob(f"{kind}-*{SUFFIX}") if p.is_file()]
-            if files:
-                return max(files, key=lambda p: (step_of(p), p.stat().st_mtime_ns))
-    return None
+def part_for(stem: str, parts: Mapping[str, Path]) -> Path | None:
+    """Of the files of one step the one for `stem`: of a text encoder's, either's; of the UNet's, another part's where only that was trained."""
+    return next((parts[name] for name in (STEMS if stem == "unet" else STEMS[1:]) if name in parts), None)
 
 
 def step_of(path: Path) -> int:
