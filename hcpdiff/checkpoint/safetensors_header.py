@@ -17,7 +17,7 @@ from .paths import missing
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 METADATA = "__metadata__"
-Stamp = tuple[int, int]  # what tells that a file is still the same: bytes, time of its last change (ns); inodes change by themselves on some mounts
+Stamp = tuple[int, ...]  # what tells that a file is still the same, its bytes first: see `stamp_of`
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ def read_header(path: Path | str) -> Header:
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
-    """Of a file's status."""
-    return status.st_size, status.st_mtime_ns
+    """Of a file's status: bytes, time of its last change (ns), and where there is one the time that cannot be set back: cp -p and rsync -t keep the first.
+    Without the inode, which some network and FUSE mounts give anew at each look; such mounts take ctime from their server or from mtime."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns if os.name == "posix" else 0  # on Windows it is the time of making
 
 
 def check_same(path: Path, before: Stamp, now: Stamp) -> None:
