@@ -6,9 +6,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as diffusers_reads
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from hcpdiff.families import file_configs, file_kind
+from hcpdiff.families import file_configs, file_kind, ldm_names
 from hcpdiff.families.read_parts import empty
 from hcpdiff.families.source import read_json
+from hcpdiff.lora_tools.base_names import in_single_file
 from tests.single_models import KINDS, PARTS, ldm_state, make_parts
 
 CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
@@ -32,7 +33,7 @@ def diffusers_state(kind: str, part: str, module: torch.nn.Module, state: dict[s
     if part == "vae":
         return diffusers_reads.convert_ldm_vae_checkpoint(state, dict(module.config))
     prefix, style = KINDS[kind].layouts[part][0]
-    if style == file_kind.OPEN_CLIP:
+    if style == ldm_names.OPEN_CLIP:
         read = diffusers_reads.convert_open_clip_checkpoint(module, state, prefix)
     else:
         read = diffusers_reads.convert_ldm_clip_checkpoint(state)
@@ -63,3 +64,13 @@ def test_released_models_are_known_and_their_configs_found_from_shapes(kind):
         prefix, style = KINDS[kind].layout(part, shapes)
         own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
         assert file_configs.derive(KINDS[kind], part, style, own) == config_of(kind, part), part
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_tools_find_layers_wherever_a_base_model_of_the_kind_may_have_its_parts(kind):
+    path = {"unet": "conv_in"}
+    for part in PARTS[kind]:
+        if part != "vae":  # which has no LoRA
+            names = [place.name for place in in_single_file(part, path.get(part, "text_model.encoder.layers.0.mlp.fc1"))]
+            assert [prefix for prefix, _ in KINDS[kind].layouts[part] if not any(name.startswith(prefix) for name in names)] == []
+            assert KINDS[kind].layouts[part], part

@@ -4,10 +4,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .ldm_names import DIFFUSERS, HUGGINGFACE, LDM_UNET, LDM_VAE, OPEN_CLIP
+from .ldm_names import DIFFUSERS, LDM_VAE, PREFIXES, UNET, VAE
 
 Shapes = Mapping[str, tuple[int, ...]]
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
 
 
 @dataclass(frozen=True)
@@ -24,14 +23,14 @@ class Kind:
         return next((layout for layout in self.layouts[part] if any(name.startswith(layout[0]) for name in shapes)), None)
 
 
-_UNET, _VAE = ((UNET, LDM_UNET),), ((VAE, LDM_VAE),)
-SD1 = Kind("sd1", "Stable Diffusion 1.x", "StableDiffusionPipeline", {
-    "unet": _UNET, "vae": _VAE, "text_encoder": (("cond_stage_model.transformer.text_model.", HUGGINGFACE), ("cond_stage_model.transformer.", HUGGINGFACE))})
-SD2 = Kind("sd2", "Stable Diffusion 2.x", "StableDiffusionPipeline", {"unet": _UNET, "vae": _VAE, "text_encoder": (("cond_stage_model.model.", OPEN_CLIP),)})
-SDXL = Kind("sdxl", "Stable Diffusion XL", "StableDiffusionXLPipeline", {
-    "unet": _UNET, "vae": _VAE,
-    "text_encoder": (("conditioner.embedders.0.transformer.text_model.", HUGGINGFACE), ("conditioner.embedders.0.transformer.", HUGGINGFACE)),
-    "text_encoder_2": (("conditioner.embedders.1.model.", OPEN_CLIP), ("conditioner.embedders.1.transformer.text_model.", HUGGINGFACE))})
+def _layouts(**beginnings: str) -> dict[str, tuple[tuple[str, str], ...]]:
+    """Of each part the rows of PREFIXES that begin so."""
+    return {part: tuple(row for row in PREFIXES[part] if row[0].startswith(beginning)) for part, beginning in beginnings.items()}
+
+
+SD1 = Kind("sd1", "Stable Diffusion 1.x", "StableDiffusionPipeline", _layouts(unet=UNET, vae=VAE, text_encoder="cond_stage_model.transformer."))
+SD2 = Kind("sd2", "Stable Diffusion 2.x", "StableDiffusionPipeline", _layouts(unet=UNET, vae=VAE, text_encoder="cond_stage_model.model."))
+SDXL = Kind("sdxl", "Stable Diffusion XL", "StableDiffusionXLPipeline", _layouts(unet=UNET, vae=VAE, text_encoder="conditioner.", text_encoder_2="conditioner."))
 
 VAE_LAYOUTS = (  # of a file that holds a VAE, by a name that only this layout has: prefix, style
     (f"{VAE}encoder.conv_in.weight", VAE, LDM_VAE), ("encoder.down_blocks.0.resnets.0.conv1.weight", "", DIFFUSERS), ("encoder.down.0.block.0.conv1.weight", "", LDM_VAE),

@@ -12,6 +12,20 @@ from typing import Any
 from .unet_names import UnetPlan, unet_modules
 
 HUGGINGFACE, OPEN_CLIP, LDM_VAE, DIFFUSERS, LDM_UNET = "huggingface", "open_clip", "ldm_vae", "diffusers", "ldm_unet"
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+PREFIXES = {  # part -> where the single files of all kinds have it: prefix of its names, and style; for each kind in the order in which they are tried
+    "unet": ((UNET, LDM_UNET),),
+    "vae": ((VAE, LDM_VAE),),
+    "text_encoder": (
+        ("cond_stage_model.transformer.text_model.", HUGGINGFACE), ("cond_stage_model.transformer.", HUGGINGFACE), ("cond_stage_model.model.", OPEN_CLIP),
+        ("conditioner.embedders.0.transformer.text_model.", HUGGINGFACE), ("conditioner.embedders.0.transformer.", HUGGINGFACE)),
+    "text_encoder_2": (("conditioner.embedders.1.model.", OPEN_CLIP), ("conditioner.embedders.1.transformer.text_model.", HUGGINGFACE)),
+}
+PREFIXES_ALONE = {  # beside these in files of one part alone, or of parts in diffusers' names, which are no base models but can be worked on layer by layer
+    "unet": (("diffusion_model.", LDM_UNET), ("", LDM_UNET), ("", DIFFUSERS), ("unet.", DIFFUSERS)),
+    "text_encoder": (("text_encoder.", DIFFUSERS), ("text_encoder.", HUGGINGFACE), ("", DIFFUSERS), ("", HUGGINGFACE)),
+    "text_encoder_2": (("conditioner.embedders.1.transformer.", HUGGINGFACE), ("text_encoder_2.", DIFFUSERS), ("text_encoder_2.", HUGGINGFACE)),
+}
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,13 @@ Single files: the UNet by its LDM names; CLIP-L as transformers names it; OpenCL
 and v in one tensor and the projection turned.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from ..families.ldm_names import OPEN_CLIP, Source, sources
+from ..families.ldm_names import LDM_UNET, PREFIXES, PREFIXES_ALONE, Source, sources
 from ..families.unet_names import ANY, clip_modules, unet_modules
 from ..families.webui import TEXT, TEXT_2, UNET
 
-_UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
-_CLIP_PREFIXES = {TEXT: ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "text_encoder.", ""),
-                  TEXT_2: ("conditioner.embedders.1.transformer.", "text_encoder_2.")}
-_OPEN_CLIP_PREFIXES = {TEXT: "cond_stage_model.model.", TEXT_2: "conditioner.embedders.1.model."}
 CLIP_DEPTH = 32  # layers of OpenCLIP-G, the deepest encoder of any Stable Diffusion
 
 
@@ -25,11 +21,15 @@ def in_folder(path: str) -> list[Source]:
 
 def in_single_file(component: str, path: str) -> list[Source]:
     """Where a single file may have it."""
-    if component == UNET:
-        return [Source(f"{prefix}{name}.weight") for prefix in _UNET_PREFIXES for name in _ldm(path)] + [Source(f"{prefix}{path}.weight") for prefix in ("", "unet.")]
-    found = [replace(place, name=prefix + place.name) for prefix in _CLIP_PREFIXES[component] for place in in_folder(path)]
+    rows = (*PREFIXES[component], *PREFIXES_ALONE[component])
+    return [replace(place, name=prefix + place.name) for prefix, style in rows for place in _named(style, path)]
+
+
+def _named(style: str, path: str) -> Iterable[Source]:
+    if style == LDM_UNET:
+        return [Source(f"{name}.weight") for name in _ldm(path)]
     weight = f"{path}.weight"
-    return found + [replace(place, name=_OPEN_CLIP_PREFIXES[component] + place.name) for place in sources(OPEN_CLIP, [weight], {})[weight]]
+    return sources(style, [weight], {})[weight]
 
 
 def known_layers() -> Iterator[tuple[str, str]]:

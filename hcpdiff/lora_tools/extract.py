@@ -15,8 +15,9 @@ from ..checkpoint.format import COMPONENTS, META_BASE_MODEL, META_BASE_VERSION
 from ..checkpoint.metadata import META_PREDICTION
 from ..errors import CheckpointError, collect
 from ..families import webui
+from ..families.ldm_names import PREFIXES
 from ..families.weight_file import WeightFile
-from ..families.webui import TEXT, UNET
+from ..families.webui import TEXT
 from ..lora_tensors import LoraTensors
 from . import output
 from .algebra import Limit, nearest
@@ -24,7 +25,6 @@ from .base_model import FLOATS, BaseModel, Spot, open_model
 from .output import Loss
 
 TOOL = "lora_extract"
-_PARTS = {TEXT: ("cond_stage_model.", "conditioner.embedders.0."), "text_encoder_2": ("conditioner.embedders.1.",), UNET: ("model.diffusion_model.",)}
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def others(base: BaseModel, tuned: BaseModel, parts, lost: dict[str, dict[str, L
 def _rest(base: BaseModel, tuned: BaseModel, parts) -> Iterator[tuple[WeightFile, WeightFile, str]]:
     """(file, file, name) of the parts' tensors that are no layer's weight, and are in both models."""
     layers = {(spot.file.path, spot.place.name) for _, _, spot in base.layers()}
-    prefixes = tuple(prefix for part in parts for prefix in _PARTS[part])
+    prefixes = tuple(prefix for part in parts for prefix, _ in PREFIXES[part])
     for part in parts if base.single is None else ("",):
         olds, news = ([model.single] if model.single else model.parts.get(part, []) for model in (base, tuned))
         where = {name: file for file in reversed(news) for name in file.header.entries}
