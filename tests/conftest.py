@@ -23,6 +23,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: SLOW_FILES.index(item.path.stem) if item.path.stem in SLOW_FILES else len(SLOW_FILES))
 
 
+@pytest.fixture(scope="session")
+def one_tokenizer():
+    """Tokenizers of the same files are read once, from here on."""
+    from one_tokenizer import one_tokenizer
+
+    with one_tokenizer():
+        yield
+
+
 def _tiny(tmp_path_factory, version):
     from tiny import make_tiny_sd
 
@@ -30,19 +39,19 @@ def _tiny(tmp_path_factory, version):
 
 
 @pytest.fixture(scope="session")
-def tiny_sd1(tmp_path_factory):
+def tiny_sd1(tmp_path_factory, one_tokenizer):
     """Folder of a tiny SD1-shaped model."""
     return _tiny(tmp_path_factory, "sd1")
 
 
 @pytest.fixture(scope="session")
-def tiny_sd2(tmp_path_factory):
+def tiny_sd2(tmp_path_factory, one_tokenizer):
     """Folder of a tiny SD2-shaped model (v-prediction)."""
     return _tiny(tmp_path_factory, "sd2")
 
 
 @pytest.fixture(scope="session")
-def tiny_sdxl(tmp_path_factory):
+def tiny_sdxl(tmp_path_factory, one_tokenizer):
     """Folder of a tiny SDXL-shaped model (two text encoders, epsilon)."""
     from tiny import make_tiny_sdxl
 

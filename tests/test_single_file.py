@@ -16,7 +16,7 @@ from tests.single_models import PARTS, ldm_state, make_parts, save_folder, save_
 
 
 @pytest.fixture(scope="module")
-def singles(tmp_path_factory):
+def singles(tmp_path_factory, one_tokenizer):
     """kind -> (parts, file); one small model of each kind."""
     made = {}
     for kind in PARTS:
