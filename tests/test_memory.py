@@ -20,7 +20,9 @@ from hcpdiff.config.schema import LoraGroup, ModelConfig, RunConfig
 from hcpdiff.errors import CheckpointError, ConfigError
 from hcpdiff.families import detect
 from hcpdiff.families.base import Models
+from hcpdiff.families.read_parts import set_weight
 from hcpdiff.families.weight_file import WeightFile
+from hcpdiff.quantized import Plan
 from hcpdiff.train.base import BaseModel
 from hcpdiff.train.conditioning import FrozenText
 from hcpdiff.train.parallel import Parallel
@@ -74,8 +76,7 @@ def test_an_outline_that_was_read_later_is_the_model_that_is_loaded_at_once(tiny
         sharded(model, variant=".fp16")
         more = {"variant": "fp16"}
     elif form == "pickle":
-        torch.save(load_file(model / FILE), model / "unet" / "diffusion_pytorch_model.bin")
-        (model / FILE).unlink()
+        pickled(model)
     elif form == "single file":
         model = save_single(tmp_path / "one.safetensors", "sd1", make_parts("sd1"))
     models = outline_of(model, dtype, **more)
@@ -86,15 +87,55 @@ def test_an_outline_that_was_read_later_is_the_model_that_is_loaded_at_once(tiny
     assert all(p.data_ptr() % 64 == 0 for p in models.unet.parameters())
 
 
-def test_adapters_are_laid_on_an_outline_and_stay(tiny_sd1):
-    models = outline_of(tiny_sd1)
+def pickled(folder) -> None:
+    """A folder's UNet as older ones have it, which the library reads whole."""
+    torch.save(load_file(folder / FILE), folder / "unet" / "diffusion_pytorch_model.bin")
+    (folder / FILE).unlink()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pickle"])
+def test_adapters_are_laid_on_an_outline_and_stay(tiny_sd1, tmp_path, form):
+    """The same objects: an optimizer and what copies of weights are made of hold them already."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_sd1, model)
+    if form == "pickle":
+        pickled(model)
+    models = outline_of(model)
     (trainable,) = lay_groups(models, "lora_unet", [LoraGroup(lr=1e-3, layers=["re:.*attn2\\.to_k$"], rank=2)], 1)
-    before = {path: lora.down.clone() for path, lora in trainable.adapters.items()}
+    before = {path: (lora, lora.down, lora.up, lora.down.clone()) for path, lora in trainable.adapters.items()}
     models.read("unet", CPU)
     layers = adapted_layers(models.unet)
-    assert layers.keys() == before.keys() and all(torch.equal(layer.adapter.down, before[path]) and layer.adapter.down.requires_grad for path, layer in layers.items())
+    assert layers.keys() == before.keys() and all(parameter is old for path, layer in layers.items() for parameter, old in zip(
+        (layer.adapter, layer.adapter.down, layer.adapter.up), before[path]))
+    assert all(torch.equal(layer.adapter.down, before[path][3]) and layer.adapter.down.requires_grad for path, layer in layers.items())
     own = {name: tensor for name, tensor in models.unet.state_dict().items() if ".adapter." not in name}
     assert equal(own, whole_of(tiny_sd1))
+
+
+def test_a_weight_that_is_being_trained_is_not_replaced():
+    layer = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="weight"):
+        set_weight(layer, "weight", torch.zeros(2, 2))
+    layer.requires_grad_(False)
+    set_weight(layer, "weight", torch.zeros(2, 2))
+    assert not layer.weight.any() and not layer.weight.requires_grad
+
+
+def test_a_model_that_was_read_whole_lets_each_dense_weight_go_in_its_turn(tiny_sd1, tmp_path):
+    model, dense = tmp_path / "model", []
+    shutil.copytree(tiny_sd1, model)
+    pickled(model)
+    models = outline_of(model)
+    keep = Plan("int8").keeper(models.unet)
+
+    def watched(name: str, weight: torch.Tensor) -> torch.Tensor:
+        assert not [old for old, reference in dense if reference() is not None], name
+        kept = keep(name, weight)
+        dense.extend([(name, weakref.ref(models.unet.get_parameter(name)))] if kept is not weight else [])
+        return kept
+
+    models.read("unet", CPU, watched)
+    assert len(dense) == len(Plan("int8").codes(models.unet)) > 100
 
 
 @pytest.mark.parametrize("fault", ["missing", "shape", "cut short"])
@@ -130,6 +171,9 @@ def test_of_a_file_one_tensor_at_a_time_is_held_beside_the_model(tiny_sd1, monke
     monkeypatch.setattr(WeightFile, "tensor", tensor)
     models.read("unet", CPU)
     assert len(held) > 600 and most[0] <= 1
+    file = WeightFile(tiny_sd1 / FILE)
+    kept = [file.tensor(name) for name in list(file.shapes)[:3]]
+    assert most[0] == 2 and len(kept) == 3, "tensors that are kept are counted"
 
 
 @pytest.mark.parametrize("form,replaced", [("folder", True), ("shards", False), ("single file", False), ("pickle", True)])
@@ -212,11 +256,11 @@ class Watched(Run):
 
 @pytest.fixture
 def watched(train, tmp_path, tiny_sd1):  # noqa: F811
-    """watched('key=value', ...) -> a finished run."""
+    """watched('key=value', ..., model=folder) -> a finished run."""
     numbers = iter(range(9))
 
-    def go(*overrides):
-        (tmp_path / "cfg.yaml").write_text(CONFIG.format(model=tiny_sd1), encoding="utf-8")
+    def go(*overrides, model=tiny_sd1):
+        (tmp_path / "cfg.yaml").write_text(CONFIG.format(model=model), encoding="utf-8")
         for i in range(3):
             (tmp_path / "images" / f"{i}.txt").write_text(f"caption {i}, red, blue, green", "utf-8")
         run = Watched(load("cfg.yaml", [f"exp_dir=watched{next(numbers)}", *overrides], RunConfig), Parallel())
@@ -236,6 +280,13 @@ def test_what_encodes_is_gone_before_the_denoiser_is_read(watched, overrides, le
     run = watched(*overrides)
     assert run.parts == {name: name == "unet" for name in left}
     assert run.alive == left, "what is let go has no other owner"
+
+
+def test_a_base_that_is_read_whole_trains_what_the_same_weights_train(watched, tiny_sd1, tmp_path):
+    shutil.copytree(tiny_sd1, tmp_path / "model")
+    pickled(tmp_path / "model")
+    saved = [load_file(watched(model=model).folder / "ckpts" / "unet-2.safetensors") for model in (tiny_sd1, tmp_path / "model")]
+    assert equal(*saved) and all(tensor.any() for name, tensor in saved[0].items() if "up" in name)
 
 
 @pytest.mark.parametrize("overrides,times", [((), 1), (PREVIEWS, 2)])

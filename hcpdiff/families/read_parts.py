@@ -52,20 +52,22 @@ def outline(kind: type, config: Mapping[str, Any], style: str, weights: WeightFi
 
 
 def move(module: nn.Module, device: torch.device, keep: Keep | None) -> None:
-    """A `Reader` of a module whose weights are there already."""
-    for name, parameter in module.named_parameters():
-        tensor = parameter.data.to(device)
+    """A `Reader` of a module whose weights are there already: of what is frozen. What is trained stays the object that an optimizer holds."""
+    for name in [name for name, parameter in module.named_parameters() if not parameter.requires_grad]:  # names alone: each weight goes in its turn
+        tensor = module.get_parameter(name).data.to(device)
         set_weight(module, name, keep(name, tensor) if keep else tensor)
 
 
 def set_weight(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Puts a tensor in the place of a parameter or buffer."""
+    """Puts a tensor in the place of a frozen parameter or of a buffer. ValueError where the parameter is trained: who trains it would go on with the old one."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     if leaf in owner._buffers:
         owner._buffers[leaf] = tensor
-    else:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=owner._parameters[leaf].requires_grad)
+        return
+    if owner._parameters[leaf].requires_grad:
+        raise ValueError(f"{name} is trained and cannot be replaced")
+    owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
 def empty(kind: type, config: Mapping[str, Any], where: str) -> nn.Module:
