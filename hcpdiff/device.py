@@ -124,7 +124,7 @@ def check_build(way_out: str = "") -> None:
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on a device; the host does not wait for what the device still has to do, as it would with a copy from ordinary memory."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
+        tensor = tensor.contiguous().pin_memory()  # of an expanded tensor it would make one with the same strides, to which nothing can be copied
     return tensor.to(device, non_blocking=True)
 
 

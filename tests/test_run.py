@@ -95,16 +95,20 @@ def test_a_preview_that_fails_does_not_end_the_run(train, monkeypatch):
 
     monkeypatch.setattr("hcpdiff.vis.preview.draw_previews", fail)
     _, log, _ = train("preview.prompts=[cat]")
-    assert "warning: the preview of step 2 could not be drawn: no memory" in log
+    (line,) = [line for line in log.splitlines() if "could not be drawn" in line]
+    assert "warning: the preview of step 2 could not be drawn: out of memory (no memory)" in line
+    assert all(key in line for key in ("preview.bs = 1", "preview.width = 64", "preview.height = 64"))
 
 
-def test_out_of_memory_says_in_which_phase(train, monkeypatch):
+@pytest.mark.parametrize("where,what", [("posterior", "while encoding latents"), ("denoise", "in a training step of 1 images of 64x64")])
+def test_out_of_memory_says_in_which_phase_and_what_to_change(train, monkeypatch, where, what):
     def fail(*args):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr("hcpdiff.families.sd.StableDiffusion.posterior", fail)
-    with pytest.raises(HCPError, match="out of memory while encoding latents"):
+    monkeypatch.setattr(f"hcpdiff.families.sd.StableDiffusion.{where}", fail)
+    with pytest.raises(HCPError, match=f"out of memory {what}") as caught:
         train()
+    assert all(key in str(caught.value) for key in ("batch_size", "bucket.target_area", "model.gradient_checkpointing", "model.quantize"))
 
 
 @pytest.mark.parametrize("key", ["train.noise_offset=0.5", "train.loss.min_snr_gamma=0.5", "train.loss.type=l1", "model.prediction_type=v_prediction", "model.clip_skip=1",

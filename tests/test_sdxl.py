@@ -250,6 +250,9 @@ def test_models_that_only_look_alike_are_refused(models):
 def test_latents_are_scaled_as_the_vaes_config_says():
     models = Models(FAMILY, None, "tiny", {}, {}, {}, {"latent_shift": [[[1.0]], [[2.0]]], "latent_scale": [[[2.0]], [[0.5]]]})
     assert FAMILY.scale_latent(models, torch.ones(1, 2, 1, 1)).flatten().tolist() == [0.0, -0.5]
+    kept = models.extra["latent_scale"]
+    assert FAMILY.scale_latent(models, torch.ones(1, 2, 1, 1)).flatten().tolist() == [0.0, -0.5] and models.extra["latent_scale"] is kept, "brought beside the latents once"
+    assert FAMILY.scale_latent(models, torch.ones(1, 2, 1, 1).double()).dtype == torch.float64
 
 
 def test_a_dataset_far_below_the_models_own_size_is_told(tiny_sdxl):

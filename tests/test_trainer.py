@@ -186,6 +186,16 @@ def test_the_probe_changes_nothing():
     assert all(torch.equal(lora.down, before[path][0]) and torch.equal(lora.up, before[path][1]) for path, lora in setup.trainable.adapters.items())
 
 
+def test_every_tensor_of_the_probes_batch_has_memory_of_its_own_for_each_number():
+    """A copy into page-locked memory keeps strides: into a tensor whose rows are one row nothing can be written."""
+    from hcpdiff.train.probe import blank_batch
+
+    tensors = [value for value in vars(blank_batch((3, 64, 64), (8, 4))).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) > 8
+    for tensor in tensors:
+        tensor.copy_(tensor.clone())
+
+
 def test_a_signal_finishes_the_step_and_a_second_one_stops_at_once(monkeypatch):
     import os
     import signal

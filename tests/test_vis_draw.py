@@ -330,3 +330,19 @@ def test_preview_is_the_visualizers_picture_and_leaves_no_trace(tiny_sd1, ours, 
     models.drop("text_encoder")  # a frozen encoder may be let go before the first preview
     later = preview.draw_previews(models, models.family, cfg, prompts=cond, width=64, height=64)
     assert all(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1 for a, b in zip(images, later))
+
+
+def test_a_vae_that_does_not_fit_on_the_device_goes_home_whole():
+    class Full(torch.nn.Linear):
+        moves = 0
+
+        def _apply(self, *args, **keys):
+            self.moves += 1
+            if self.moves == 1:
+                raise torch.OutOfMemoryError("no memory")
+            return super()._apply(*args, **keys)
+
+    module = torch.nn.Sequential(torch.nn.Linear(1, 1), Full(1, 1))
+    with pytest.raises(torch.OutOfMemoryError), preview.visiting(module, torch.device("cpu")):
+        pytest.fail("nothing is drawn")
+    assert module[1].moves == 2, "once there and once back"

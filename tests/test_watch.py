@@ -408,6 +408,40 @@ def test_a_skipped_step_is_recorded_as_it_was_and_said_and_spoils_no_mean():
     assert all(math.isfinite(values["loss"]) for values in said.progressed) and said.progressed[-1]["skipped"] == 2
 
 
+@pytest.mark.parametrize("every", [1, 2, 3, 99])
+@pytest.mark.parametrize("look", [None, 4, 5])
+@pytest.mark.parametrize("name", ["SGD momentum", "AdamW"])
+def test_the_log_is_the_same_where_the_host_learns_late(every, look, name):
+    """Each value with its step, each line after the same steps; also where something, such as a preview, needs exact numbers meanwhile, or a save that flushes the log."""
+    def told(lag, flush):
+        events, said = [], Said()
+        said.scalars = lambda step, values: events.append((step, values))
+        said.say = lambda line: events.append(line)
+        said.progress = lambda step, values: events.append((step, {name: value for name, value in values.items() if name not in ("speed", "left")}))
+        log, looking = LogHook(said, every, 3), Hook()
+
+        def look_ahead(trainer):
+            if trainer.state.step == look:
+                trainer.settle()
+                if flush:
+                    log.flush(trainer)
+                    events.append("flushed")
+
+        looking.on_step_end = look_ahead
+        make(name, 7, (1, 4), lag, hooks=[log, looking]).fit(StopRequest())
+        return str(events)
+
+    for flush in (False, True):
+        assert told(True, flush) == told(False, flush)
+
+
+def test_a_run_that_is_stopped_has_all_its_steps_in_the_log():
+    said, stop, asks = Said(), StopRequest(), Hook()
+    asks.on_step_end = lambda trainer: setattr(stop, "signal", 2 if trainer.state.step == 2 else stop.signal)
+    trainer = make(steps=9, lag=True, hooks=[LogHook(said, 5, 3), asks])
+    assert trainer.fit(stop) is False and [step for step, _ in said.values] == list(range(1, trainer.state.step + 1))
+
+
 def test_a_loss_that_explodes_and_stays_finite_is_said_once():
     usual = Usual()
     assert all(usual.exceeded_by(mean) is None for mean in (0.1, 0.2, 0.05, 0.1, 0.3, 0.9, 1.5))

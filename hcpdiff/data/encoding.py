@@ -20,7 +20,7 @@ class Arriving:
         self._event = None
         if tensor.device.type in ("cuda", "xpu"):
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-            self._event = torch.Event(tensor.device)
+            self._event, self._device = torch.Event(tensor.device), tensor.device.index
             self._event.record()
         else:
             self._host = tensor.to("cpu", copy=True).contiguous()
@@ -28,7 +28,8 @@ class Arriving:
     def __call__(self) -> Tensor:
         if self._event is None:
             return self._host
-        self._event.synchronize()
+        with torch.accelerator.device_index(self._device):  # another thread's device is the first one, on which asking would take memory
+            self._event.synchronize()
         return self._host.clone()  # ordinary memory: page-locked memory is scarce, and entries may be kept
 
 

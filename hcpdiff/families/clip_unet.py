@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..device import send
 from ..errors import ConfigError, collect
 from . import clip_text
 from .base import DENOISER, Component, Models, Tokens, component_of, text_components
@@ -136,7 +137,7 @@ class ClipUnet:
 
     def scale_latent(self, models: Models, z: Tensor) -> Tensor:
         """(z - shift) * scale, as the VAE's config says."""
-        shift, scale = (torch.as_tensor(models.extra[name], dtype=z.dtype, device=z.device) for name in ("latent_shift", "latent_scale"))
+        shift, scale = (_beside(z, models.extra, name) for name in ("latent_shift", "latent_scale"))
         return (z - shift) * scale
 
     def tokenize(self, models: Models, prompts: Sequence[str], repeats: int) -> Tokens:
@@ -180,6 +181,14 @@ class ClipUnet:
 def tokenizer_of(text_encoder: str) -> str:
     """text_encoder_2 -> tokenizer_2."""
     return text_encoder.replace("text_encoder", "tokenizer")
+
+
+def _beside(like: Tensor, numbers: dict, name: str) -> float | Tensor:
+    """A number as it is; one for each channel as a tensor beside `like`, which it is once for all: a copy in every step would wait for the device."""
+    value = numbers[name]
+    if isinstance(value, list) or isinstance(value, Tensor) and (value.dtype, value.device) != (like.dtype, like.device):
+        value = numbers[name] = send(torch.as_tensor(value, dtype=like.dtype), like.device)
+    return value
 
 
 def latent_affine(config: Mapping) -> tuple[float | list, float | list]:

@@ -46,7 +46,7 @@ class StableDiffusionXL(ClipUnet):
     def _pooled(self, models: Models, name: str, ids: Tensor, last: Tensor) -> Tensor:
         """(B,P): the first EOS of each first chunk through the projection. Not by the highest id, as transformers finds it: an embedding's words have higher ones."""
         eos = models.tokenizers[tokenizer_of(name)].eos_token_id
-        place = (ids[:, 0] == eos).int().argmax(-1).to(last.device)
+        place = send((ids[:, 0] == eos).int().argmax(-1), last.device)
         return models.modules[name].text_projection(last[torch.arange(len(ids), device=last.device), 0, place])
 
     def most_clip_skip(self, models: Models) -> int:

@@ -79,7 +79,7 @@ class FrozenText(Hook):
         except torch.OutOfMemoryError:  # left before going on: the error holds what was on the device
             pass
         self.say(f"warning: {self.device} has no room left for the text encoders, which encode the prompts of the coming steps: they do so on the CPU, which takes longer. Other "
-                 f"programs on the device, data.<dataset>.batch_size, bucket.target_area and model.gradient_checkpointing decide how much is left.")
+                 f"programs on the device, data.<dataset>.batch_size, bucket.target_area, model.gradient_checkpointing and model.quantize decide how much is left.")
         return self.ahead(*coming, device=torch.device("cpu"))
 
     def on_epoch_begin(self, trainer, epoch: int) -> None:

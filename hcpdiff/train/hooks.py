@@ -11,11 +11,14 @@ from .trainer import Hook, Trainer
 
 
 class LogHook(Hook):
-    """Every `every` steps: each step's scalars to the loggers, and a line with loss, lr, speed and time left."""
+    """Every `every` steps: each step's scalars to the loggers, and a line with loss, lr, speed and time left.
+
+    A line that is due is written once its numbers are known, which beside a GPU is one step later: nothing waits for a device for its sake.
+    """
 
     def __init__(self, logger: Logger, every: int, steps_per_epoch: int):
         self.logger, self.every, self.steps_per_epoch = logger, every, steps_per_epoch
-        self.since, self.first = time.monotonic(), True
+        self.since, self.first, self.due = time.monotonic(), True, None
         self.usual = Usual()
 
     def on_epoch_begin(self, trainer: Trainer, epoch: int) -> None:
@@ -25,16 +28,29 @@ class LogHook(Hook):
     def on_step_end(self, trainer: Trainer) -> None:
         step = trainer.state.step
         self.logger.advance(step)
-        if self.first or step % self.every == 0 or step == trainer.total_steps:
-            self.first = False  # a first line at once: loss, and how long it will take
+        self._write_what_is_due(trainer)
+        if step == trainer.total_steps:
             self.flush(trainer)
+        elif self.first or step % self.every == 0:
+            self.first, self.due = False, step  # a first line at once: loss, and how long it will take
+            self._write_what_is_due(trainer)
+
+    def _write_what_is_due(self, trainer: Trainer) -> None:
+        if self.due is not None and self.due <= trainer.known:
+            self._write(trainer, trainer.take_records(self.due))
+
+    def on_stop(self, trainer: Trainer) -> None:
+        self.flush(trainer)
 
     def on_nonfinite(self, trainer: Trainer) -> None:
         self.flush(trainer)
 
     def flush(self, trainer: Trainer) -> None:
-        """Writes what has been recorded since the last call. A step that changed nothing is recorded with the numbers that it had, NaN or infinite."""
-        records = trainer.take_records()
+        """Writes what has been recorded since the last call, up to the last step. A step that changed nothing is recorded with the numbers that it had, NaN or infinite."""
+        self._write(trainer, trainer.take_records())
+
+    def _write(self, trainer: Trainer, records: list) -> None:
+        self.due = None
         if not records:
             return
         for step, values in records:

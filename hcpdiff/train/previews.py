@@ -44,8 +44,14 @@ class Drawing:
         self.share, self.stop = (parallel.rank, parallel.world), stop
 
     def __call__(self) -> list:
-        with eagerly(self.cfg.model.compile):
-            return self._draw()
+        """The pictures; HCPError where there is no memory for them."""
+        try:
+            with eagerly(self.cfg.model.compile):
+                return self._draw()
+        except torch.OutOfMemoryError as error:
+            preview, what = self.cfg.preview, (str(error).splitlines() or ["no memory"])[0]
+            raise HCPError(f"out of memory ({what}). Lower preview.bs = {preview.bs}, preview.width = {preview.width or self.size[0]} or "
+                           f"preview.height = {preview.height or self.size[1]}.") from error
 
     def _draw(self) -> list:
         from ..vis.preview import draw_previews
@@ -71,7 +77,7 @@ class PreviewHook(Periodic):
         try:
             with weights_for_use(trainer.optimizer):
                 drawn = self.draw()
-        except (HCPError, OSError, torch.OutOfMemoryError) as error:  # a picture is no reason to lose a run
+        except (HCPError, OSError) as error:  # a picture is no reason to lose a run
             fault = str(error)
         parts = self.parallel.gather((drawn, fault))
         if not self.parallel.main:

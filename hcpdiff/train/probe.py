@@ -30,7 +30,7 @@ def blank_batch(shape: tuple[int, int, int], geometry: tuple[int, int]) -> Batch
     samples, width, height = shape
     factor, channels = geometry
     latent = torch.zeros(samples, channels, height // factor, width // factor)
-    size = torch.tensor([[height, width]]).expand(samples, 2)
+    size = torch.tensor([[height, width]] * samples)
     return Batch(ids=("probe",) * samples, prompts=[""] * samples, pixels=None, latent_mean=latent, latent_std=latent, vae_noise=latent, noise=latent,
                  offset_noise=latent[:, :, :1, :1], u=torch.full((samples,), 0.5, dtype=torch.float64), weights=torch.full((samples,), 1 / samples), mask=None,
                  original_size=size, crop_top_left=torch.zeros_like(size), target_size=size, module_seed=0)

@@ -78,8 +78,8 @@ class Run:
                 finished = trainer.fit(self.stop)
             self._say_the_end(finished, trainer.state.step)
         except torch.OutOfMemoryError as error:
-            raise HCPError(f"out of memory while {self.phase}. Other programs on the device, data.<dataset>.batch_size, bucket.target_area and "
-                           f"model.gradient_checkpointing decide how much is needed.") from error
+            raise HCPError(f"out of memory while {self.phase}. Other programs on the device, data.<dataset>.batch_size, bucket.target_area, "
+                           f"model.gradient_checkpointing and model.quantize decide how much is needed.") from error
         except RuntimeError as error:
             lost = compile_failed(error)
             if lost is None:

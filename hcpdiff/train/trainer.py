@@ -199,11 +199,18 @@ class Trainer:
             if self.parallel.rank == 0:
                 self.skips.append(self.last_skip)
 
-    def take_records(self) -> list[tuple[int, dict[str, float]]]:
-        """(step, values) of the steps since the last call, up to the last one."""
-        self.settle()
-        records, self.records = self.records, []
-        return records
+    @property
+    def known(self) -> int:
+        """The last step whose numbers the host has seen."""
+        return self.state.step if self.pending is None else self.pending.number - 1
+
+    def take_records(self, until: int | None = None) -> list[tuple[int, dict[str, float]]]:
+        """(step, values) of the steps since the last call, up to the last one, whose numbers are waited for; with `until` up to that one, of what is known."""
+        if until is None:
+            self.settle()
+        taken = [record for record in self.records if until is None or record[0] <= until]
+        self.records = self.records[len(taken) :]
+        return taken
 
     def take_skips(self) -> list[Skip]:
         """The steps since the last call that changed nothing."""
@@ -215,4 +222,4 @@ def out_of_memory(batch) -> str:
     """What to say when a micro-batch does not fit."""
     height, width = batch.target_size[0].tolist()
     return (f"out of memory in a training step of {len(batch.prompts)} images of {width}x{height}. Lower data.<dataset>.batch_size (and raise "
-            f"train.gradient_accumulation_steps to keep the global batch), set model.gradient_checkpointing: true, or lower bucket.target_area.")
+            f"train.gradient_accumulation_steps to keep the global batch), set model.gradient_checkpointing: true, lower bucket.target_area, or set model.quantize: int8.")

@@ -108,8 +108,8 @@ def quiet(models: Models, device: torch.device):
 def visiting(module: nn.Module, device: torch.device):
     """The module on `device` inside, and back where it was after."""
     home = next(module.parameters()).device
-    module.to(device)
     try:
+        module.to(device)
         yield
     finally:
         module.to(home)
