@@ -11,19 +11,21 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "sd15-random"  # where make_full_size.py writes
+MIB = 2**20
 sys.path.insert(0, str(ROOT))
 
 
 @dataclass
 class Figure:
-    """One line of the table: `what` against `reference`. `ratios`: of the pairs; `bound`: with `at_least` the smallest, else the largest that is wanted;
-    None: there is no bound. `values`: medians of what was measured, with their units in the names."""
+    """One line of the table: `what` against `reference`. `ratios`: of the pairs, none where it could not be measured, and `note` says why; `bound`: with
+    `at_least` the smallest, else the largest that is wanted; None: there is no bound. `every`: each pair has to keep it strictly, not only the median.
+    `values`: medians of what was measured, with their units in the names."""
 
     what: str
     reference: str
@@ -31,6 +33,8 @@ class Figure:
     bound: float | None = None
     at_least: bool = False
     values: dict[str, float] = field(default_factory=dict)
+    every: bool = False
+    note: str = ""
 
     @property
     def median(self) -> float:
@@ -39,16 +43,33 @@ class Figure:
 
     @property
     def verdict(self) -> str:
-        """hit or missed."""
+        """hit, missed or open; empty without a bound."""
         if self.bound is None:
             return ""
-        return "hit" if (self.median >= self.bound if self.at_least else self.median <= self.bound) else "missed"
+        if not self.ratios:
+            return "open"
+        if self.every:
+            kept = min(self.ratios) > self.bound if self.at_least else max(self.ratios) < self.bound
+        else:
+            kept = self.median >= self.bound if self.at_least else self.median <= self.bound
+        return "hit" if kept else "missed"
 
     def cells(self) -> tuple[str, ...]:
         """what, reference, figure, bound, verdict, values."""
-        spread = f"{self.median:.3g} ({min(self.ratios):.3g} to {max(self.ratios):.3g}, {len(self.ratios)} pairs)" if len(self.ratios) > 1 else f"{self.median:.3g}"
-        bound = "" if self.bound is None else f"{'≥' if self.at_least else '≤'} {self.bound:g}"
-        return self.what, self.reference, spread, bound, self.verdict, ", ".join(f"{name} {value:.3g}" for name, value in self.values.items())
+        return self.what, self.reference, self._spread(), self._goal(), self.verdict, ", ".join(f"{name} {value:.3g}" for name, value in self.values.items())
+
+    def _spread(self) -> str:
+        if not self.ratios:
+            return self.note or "not measured"
+        several = f" ({min(self.ratios):.3g} to {max(self.ratios):.3g}, {len(self.ratios)} pairs)" if len(self.ratios) > 1 else ""
+        return f"{self.median:.3g}{several}"
+
+    def _goal(self) -> str:
+        if self.bound is None:
+            return ""
+        if self.every:
+            return f"{'>' if self.at_least else '<'} {self.bound:g} in every pair"
+        return f"{'≥' if self.at_least else '≤'} {self.bound:g}"
 
 
 COLUMNS = ("what", "against", "ratio: median (range)", "goal", "", "medians")
@@ -59,25 +80,32 @@ def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(over, under, strict=True)]
 
 
-def in_turn(works: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu", warm: int = 1) -> dict[str, list[float]]:
-    """Seconds of each work in each round; the order turns from round to round. `warm` rounds before do not count."""
+def turned(names: Iterable[str], number: int) -> list[str]:
+    """The names in the order of this round: another begins in each."""
+    names = list(names)
+    first = number % len(names) if names else 0
+    return [*names[first:], *names[:first]]
+
+
+def in_turn(works: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu", warm: int = 1, each: int = 1) -> dict[str, list[float]]:
+    """Seconds of a call of each work in each round, timed over `each` of them; the order turns from round to round. `warm` rounds before do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    names = list(works)
     for number in range(-warm, rounds):
-        for name in [*names[number % len(names) :], *names[: number % len(names)]]:
-            took = timed(works[name], device)
+        for name in turned(works, number):
+            took = timed(works[name], device, each)
             if number >= 0:
                 seconds[name].append(took)
     return seconds
 
 
-def timed(work: Callable[[], object], device: str = "cpu") -> float:
-    """Seconds of one call, the device waited for before and after."""
+def timed(work: Callable[[], object], device: str = "cpu", each: int = 1) -> float:
+    """Seconds of a call, over `each` of them; the device is waited for before the first and after the last."""
     wait(device)
     started = time.perf_counter()
-    work()
+    for _ in range(each):
+        work()
     wait(device)
-    return time.perf_counter() - started
+    return (time.perf_counter() - started) / each
 
 
 def wait(device: str) -> None:
@@ -103,6 +131,18 @@ def _processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), platform.machine())
+
+
+def hide_gpus(words: Sequence[str]) -> None:
+    """Without `--device` of a GPU among these words, this process and those that it starts see none: a run would train there. Before torch looks for them."""
+    known = argparse.ArgumentParser(add_help=False)
+    known.add_argument("--device", default="cpu")
+    if known.parse_known_args(words)[0].device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # a benchmark is what was started, not a test that imports one
+    hide_gpus(sys.argv[1:])
 
 
 def parser(description: str, rounds: int) -> argparse.ArgumentParser:

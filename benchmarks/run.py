@@ -3,9 +3,11 @@
     python benchmarks/run.py                          # on this CPU; about an hour on two cores
     python benchmarks/run.py --device cuda            # on a GPU: its own sizes, and what only a GPU has
     python benchmarks/run.py --only step loop --rounds 3
+    python benchmarks/run.py --keep build/figures     # what is measured is kept there, and not measured again by the next call
     python benchmarks/run.py --write                  # also puts the table into docs/performance.md
 
-Each figure is a ratio against a named reference in the same run: pairs in turn, median and range. Nothing else should run on the machine.
+Each figure is a ratio against a named reference in the same run: pairs in turn, median and range. Nothing else should run on the machine. Benchmarks are sorted
+by how much they tell, those of a GPU above all: where time is lent in pieces, --keep goes on where the piece before ended.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from common import COLUMNS, ROOT, Figure, read
@@ -22,45 +25,71 @@ PAGE = ROOT / "docs" / "performance.md"
 
 # name -> command lines, on a CPU and on a GPU
 CPU = {
-    "step": ["step.py --pixels 512 --ways floor loop ours --rounds 5", "step.py --pixels 512 --batch 4 --ways floor loop ours --rounds 2",
-             "step.py --pixels 256 --ways floor loop example hooks ours --rounds 3"],
-    "loop": ["loop.py --pixels 256"],
+    "step": ["step.py --pixels 512 --ways floor loop ours --rounds 5", "step.py --pixels 512 --batch 4 --ways floor loop ours --rounds 3",
+             "step.py --pixels 256 --ways floor loop example hooks ours --rounds 5"],
+    "layers": ["layers.py --threads 1"],
+    "loop": ["loop.py --pixels 256 --rounds 5 --block 3", "loop.py --tiny --pixels 64 --rounds 5 --block 60"],
     "memory": ["memory.py --pixels 256", "memory.py --pixels 512", "memory.py --pixels 512 --checkpointing"],
     "start": ["start.py --rounds 3", "start.py --tiny --rounds 3"],
-    "caching": ["caching.py --pixels 256 --images 6 --rounds 2"],
+    "caching": ["caching.py --pixels 256 --images 6 --rounds 3"],
     "drawing": ["drawing.py --pixels 256 --steps 4 --rounds 3"],
     "data": ["data_scale.py --images 25000 100000", "data_scale.py --simulate", "data_scale.py --simulate --first --images 100000 1000000"],
     "quantized": ["quantized.py --pixels 256 --rounds 3", "quantized.py --model demo/model --pixels 64"],
 }
-CUDA = {
-    "step": [f"step.py --family {family} --pixels {pixels} --batch {batch} --dtype bf16 --ways floor loop hooks ours --rounds 7{more}"
-             for family, pixels in (("sd1", 512), ("sdxl", 1024)) for batch in (1, 8) for more in ("", " --compile")],
-    "loop": ["loop.py --pixels 512 --batch 1", "loop.py --pixels 512 --batch 8"],
-    "caching": ["caching.py --pixels 512 --images 192 --rounds 3"],
-    "drawing": [f"drawing.py --dtype {dtype} --pixels 512 --steps 20 --pictures 8 --batch {batch}" for dtype in ("fp32", "fp16") for batch in (1, 4)],
-    "quantized": [f"quantized.py --family {family} --pixels {pixels} --batch {batch} --dtype bf16" for family, pixels in (("sd1", 512), ("sdxl", 1024)) for batch in (1, 8)],
+HALF = "step.py --dtype bf16 --rounds 7"
+SD1, SDXL = f"{HALF} --family sd1 --pixels 512", f"{HALF} --family sdxl --pixels 1024"
+PLAIN, ALL = "--ways floor loop loop-plain ours", "--ways floor loop loop-plain example hooks ours"
+CUDA = {  # compiling takes minutes for each way, so only three are compiled
+    "step": [f"{SD1} --batch 1 {ALL}", f"{SD1} --batch 1 --compile --ways floor loop ours", f"{SD1} --batch 8 {PLAIN} hooks", f"{SDXL} --batch 1 {PLAIN} hooks"],
+    "loop": ["loop.py --pixels 512 --rounds 7 --block 20", "loop.py --pixels 512 --rounds 7 --block 20 --compile", "loop.py --tiny --pixels 64 --rounds 7 --block 60"],
+    "quantized": [f"quantized.py --dtype bf16 --rounds 5 {sizes}" for sizes in ("--family sdxl --pixels 1024 --batch 1", "--family sdxl --pixels 1024 --batch 8 --checkpointing",
+                  "--family sd1 --pixels 512 --batch 1", "--family sd1 --pixels 512 --batch 8", "--family sd1 --pixels 512 --batch 1 --compile")],
+    "more": [f"{SDXL} --batch 8 --checkpointing {PLAIN}", f"{SDXL} --batch 1 --compile --ways floor loop ours", f"{SD1} --batch 8 --checkpointing {PLAIN}",
+             f"{SDXL} --batch 1 --checkpointing {PLAIN}", f"{SD1} --batch 8 --compile --ways floor loop ours"],
+    "drawing": [f"drawing.py --dtype {dtype} --pixels 512 --steps 10 --pictures 4 --rounds 3 --batch {batch}" for dtype in ("fp16", "fp32") for batch in (1, 4)],
+    "caching": ["caching.py --pixels 512 --images 96 --rounds 3"],
 }
 
 
 def run(command: str, args: argparse.Namespace, place: Path) -> tuple[str, list[Figure]]:
-    """(hardware, figures) of one command line, in a process of its own; what it prints goes on. No figures where it failed."""
+    """(hardware, figures) of one command line, in a process of its own; what it prints goes on. No figures where it failed. A file that is at `place` already is
+    read instead."""
     script, *options = command.split()
     if args.rounds:
         options = re.sub(r" --rounds \d+", "", " " + " ".join(options)).split() + ["--rounds", str(args.rounds)]
-    more = ["--device", args.device, "--json", str(place), *(["--threads", str(args.threads)] if args.threads else [])]
+    made = place.with_suffix(".part")
+    more = ["--device", args.device, "--json", str(made), *(["--threads", str(args.threads)] if args.threads else [])]
     print(f"\n== {command}", flush=True)
-    place.unlink(missing_ok=True)
-    if subprocess.run([sys.executable, str(HERE / script), *options, *more], cwd=ROOT).returncode or not place.is_file():
+    if place.is_file():
+        print(f"measured before: {place}", flush=True)
+        return read(place)
+    started = time.monotonic()
+    if subprocess.run([sys.executable, str(HERE / script), *options, *more], cwd=ROOT).returncode or not made.is_file():
         print(f"== {command} failed", flush=True)
         return "", []
-    return read(place)
+    print(f"{time.monotonic() - started:.0f} s", flush=True)
+    return read(made.replace(place))
+
+
+def place_of(command: str, args: argparse.Namespace, folder: Path) -> Path:
+    """Where the figures of a command line go."""
+    rounds = f" rounds {args.rounds}" if args.rounds else ""
+    return folder / (re.sub(r"[^\w.]+", "-", f"{args.device} {command}{rounds}").replace(".py", "") + ".json")
 
 
 def derived(figures: list[Figure]) -> list[Figure]:
-    """What two figures of a run say together: images a second of a step of 8 to those of a step of 1."""
-    seconds = {figure.what: figure.values["ours s"] for figure in figures if figure.what.startswith("step, ") and figure.reference == "floor"}
-    pairs = [(what, took, seconds.get(what.replace("batch 1 ", "batch 8 "))) for what, took in seconds.items() if "batch 1 " in what]
-    return [Figure(f"images a second, {what.removeprefix('step, ').replace('batch 1 ', 'batch 8 ')}", "batch 1", [8 * one / eight], 4.0, at_least=True) for what, one, eight in pairs if eight]
+    """What two figures of a run say together: images a second of a step of 8 to those of a step of 1. The goal is SD1.5's at 512 px, in half precision and not
+    compiled; where only one of its two was measured, it is named as open."""
+    seconds = {figure.what: figure.values.get("ours s") for figure in figures if figure.what.startswith("step, ") and figure.reference == "floor"}
+    made = []
+    for one in dict.fromkeys(what.replace("batch 8 ", "batch 1 ") for what in seconds if re.search("batch [18] ", what)):
+        eight, wanted = one.replace("batch 1 ", "batch 8 "), re.fullmatch("step, sd1 512 px batch 1 (bf16|fp16)", one)
+        if lacking := [what for what in (one, eight) if not seconds.get(what)]:
+            made += [Figure(f"images a second, {eight.removeprefix('step, ')}", "batch 1", [], 4.0, True, note=f"not measured: {', '.join(lacking)}")] if wanted else []
+            continue
+        rates = {f"at {size}, images/s": size / seconds[what] for size, what in ((8, eight), (1, one))}
+        made.append(Figure(f"images a second, {eight.removeprefix('step, ')}", "batch 1", [8 * seconds[one] / seconds[eight]], 4.0 if wanted else None, True, rates))
+    return made
 
 
 def markdown(hardware: str, figures: list[Figure]) -> str:
@@ -79,6 +108,23 @@ def write(name: str, text: str) -> None:
     PAGE.write_text(f"{before}{begin}\n{text}{end}{rest.partition(end)[2]}", "utf-8")
 
 
+def chosen(args: argparse.Namespace) -> list[str]:
+    """The command lines; SystemExit where a name has none on this device."""
+    commands = CPU if args.device == "cpu" else CUDA
+    if unknown := [name for name in args.only or () if name not in commands]:
+        sys.exit(f"error: --only {' '.join(unknown)}: there is no such benchmark for --device {args.device}; there are {', '.join(commands)}")
+    return [command for name in args.only or commands for command in commands[name]]
+
+
+def measure(commands: list[str], args: argparse.Namespace, folder: Path) -> tuple[list[str], list[Figure], list[str]]:
+    """(machines, figures, command lines that failed)."""
+    machines, figures, failed = [], [], []
+    for command in commands:
+        machine, found = run(command, args, place_of(command, args, folder))
+        machines, figures, failed = machines + [machine] * bool(found), figures + found, failed + [command] * (not found)
+    return machines, figures + derived(figures), failed
+
+
 def main() -> None:
     """Runs them all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,21 +132,23 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CPU | CUDA, metavar="NAME", help=f"some of {', '.join(CPU | CUDA)}")
     parser.add_argument("--rounds", type=int, help="pairs of each figure, in the place of each one's own number")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where figures are kept; what is there is not measured again")
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     args = parser.parse_args()
-    figures, hardware, failed = [], "", []
-    commands = CPU if args.device == "cpu" else CUDA
+    commands = chosen(args)
     with tempfile.TemporaryDirectory() as place:
-        for command in [command for name in args.only or commands for command in commands.get(name, [])]:
-            machine, found = run(command, args, Path(place) / "figures.json")
-            figures, hardware, failed = figures + found, machine or hardware, failed + ([] if found else [command])
-    figures += derived(figures)
-    table = markdown(hardware, figures)
+        folder = (args.keep or Path(place)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        machines, figures, failed = measure(commands, args, folder)
+    if not figures:
+        sys.exit(f"error: no benchmark gave figures: {'; '.join(failed)}")
+    table = markdown("; ".join(dict.fromkeys(machines)), figures)
     print(f"\n{table}")
     if args.write:
         write(args.device, table)
-    missed = [figure.what for figure in figures if figure.verdict == "missed"]
-    print(f"{len(figures)} figures, {len(missed)} miss their goal{': ' + '; '.join(missed) if missed else ''}")
+    for verdict, words in (("missed", "miss their goal"), ("open", "could not be measured")):
+        found = [f"{figure.what} ({figure.reference})" for figure in figures if figure.verdict == verdict]
+        print(f"{len(found)} of {len(figures)} figures {words}{': ' + '; '.join(found) if found else ''}")
     if failed:
         sys.exit(f"error: {len(failed)} benchmarks gave no figures: {'; '.join(failed)}")
 

@@ -76,19 +76,22 @@ def reference(args: argparse.Namespace) -> None:
 
     from hcpdiff.device import DTYPES
 
+    if args.threads:
+        torch.set_num_threads(args.threads)
     model, dtype = ROOT / "demo" / "model" if args.tiny else args.model, DTYPES[args.dtype]
     parts = [AutoencoderKL.from_pretrained(model / "vae", torch_dtype=torch.float32), CLIPTextModel.from_pretrained(model / "text_encoder", dtype=dtype),
              UNet2DConditionModel.from_pretrained(model / "unet", torch_dtype=dtype), CLIPTokenizer.from_pretrained(model / "tokenizer"),
              DDPMScheduler.from_pretrained(model / "scheduler")]
     with torch.no_grad():
-        _ = [p.view(torch.uint8).view(-1)[::4096].sum() for part in parts[:3] for p in part.parameters()]  # read, not only mapped
+        read = [p.view(torch.uint8).view(-1)[::4096].sum() for part in parts[:3] for p in part.to(args.device).parameters()]  # read, not only mapped
+    _ = [number.item() for number in read[-1:]]  # a GPU's are there
     print(json.dumps({"seconds": time.time() - float(os.environ["BEGUN"])}), flush=True)
     os._exit(0)  # as the run does
 
 
 def child(args: argparse.Namespace, what: str, place: str) -> dict:
     """The JSON that a process of its own prints last; what went wrong ends this."""
-    given = [f"--dtype={args.dtype}", f"--model={args.model}", *(["--tiny"] if args.tiny else []), *([f"--threads={args.threads}"] if args.threads else [])]
+    given = [f"--device={args.device}", f"--dtype={args.dtype}", f"--model={args.model}", *(["--tiny"] if args.tiny else []), *([f"--threads={args.threads}"] if args.threads else [])]
     command = [sys.executable, __file__, *given, f"--child={what}", f"--place={place}"]
     begun = time.time()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=os.environ | {"BEGUN": str(begun)})

@@ -1,19 +1,20 @@
 """Ways to train the same LoRA on the same frozen UNet: ours, and the references that it is measured against.
 
-Each is a context manager: inside, the UNet carries that way's adapters, and `step()` does forward, backward, clipping and AdamW on
-the batch and returns the loss; afterwards the UNet is as it was. The references are written here, in the manner of their models.
+Each is a context manager: inside, the UNet carries that way's adapters, and `step()` does forward, backward, clipping and AdamW (torch's fused one, in all) on
+the batch and returns the loss; `step.trained` counts the numbers that it learns. Afterwards the UNet is as it was. The references are written here, in the
+manner of their models.
 
 floor    the frozen model alone: forward, and backward to the output of every layer that would be trained, without which nothing is learnt
-loop     a plain loop with peft's LoRA; latents and text encoded ahead
+loop     a plain loop with peft's LoRA; latents and text encoded ahead; in half precision under autocast, as diffusers' example is run
+loop plain  the same without autocast: peft casts by itself
 example  the same with VAE and text encoder in every step, as diffusers' train_text_to_image_lora has them
 hooks    a layer's forward replaced by one that calls the old one and adds the product of two small Linears, as sd-scripts does
 ours     hcpdiff's adapters, half-precision copies of them, gradient buffer, clipping and fused AdamW
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 from peft import LoraConfig
@@ -32,7 +33,8 @@ LR, MAX_NORM = 1e-4, 1.0
 
 @dataclass
 class Batch:
-    """What a step trains on. `encode` gives latents and text afresh, for `example`; `compiled`: the model's blocks are; the rest is as it comes out of caches."""
+    """What a step trains on. `encode` gives latents and text afresh, for `example`; `compiled`: the model's blocks are; `rows`: how many samples are taken, None
+    for all; the rest is as it comes out of caches."""
 
     noisy: Tensor
     t: Tensor
@@ -41,12 +43,26 @@ class Batch:
     added: dict[str, Tensor] | None = None
     encode: Callable[[], tuple[Tensor, Tensor]] | None = None
     compiled: bool = False
+    rows: int | None = None
 
     def loss(self, unet: nn.Module, noisy: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
         """Mean squared error in fp32."""
         noisy, hidden = (own if other is None else other for own, other in ((self.noisy, noisy), (self.hidden, hidden)))
-        pred = unet(noisy, self.t, hidden, added_cond_kwargs=self.added).sample
-        return nn.functional.mse_loss(pred.float(), self.target.float())
+        added = self.added and {name: value[: self.rows] for name, value in self.added.items()}
+        pred = unet(noisy[: self.rows], self.t[: self.rows], hidden[: self.rows], added_cond_kwargs=added).sample
+        return nn.functional.mse_loss(pred.float(), self.target[: self.rows].float())
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step to call, and how many numbers it trains."""
+
+    run: Callable[[], Tensor]
+    trained: int = 0
+
+    def __call__(self) -> Tensor:
+        """The loss."""
+        return self.run()
 
 
 def targets(unet: nn.Module) -> dict[str, nn.Linear]:
@@ -72,7 +88,7 @@ def _needs_gradient(out: Tensor, anchor: Tensor) -> Tensor:
 
 
 @contextmanager
-def floor(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], Tensor]]:
+def floor(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Step]:
     def step() -> Tensor:
         loss = batch.loss(unet)
         loss.backward()
@@ -82,18 +98,23 @@ def floor(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], Ten
     mark = _Learnt.apply if batch.compiled else _needs_gradient
     marks = [layer.register_forward_hook(lambda module, args, out: mark(out, anchor)) for layer in targets(unet).values()]
     try:
-        yield step
+        yield Step(step)
     finally:
         for handle in marks:
             handle.remove()
 
 
-def _plain(parameters: list[nn.Parameter], loss_of: Callable[[], Tensor], batch: Batch) -> Callable[[], Tensor]:
-    """A step as a plain loop has it: in half precision under autocast, as diffusers' example and sd-scripts are run."""
-    optimizer, device, dtype = torch.optim.AdamW(parameters, lr=LR), batch.noisy.device.type, batch.noisy.dtype
+def _fused(batch: Batch) -> bool:
+    """Whether AdamW is torch's fused one."""
+    return batch.noisy.device.type != "meta"
+
+
+def _plain(parameters: list[nn.Parameter], loss_of: Callable[[], Tensor], batch: Batch, autocast: bool = True) -> Step:
+    """A step as a plain loop has it: in half precision under autocast, as diffusers' example and sd-scripts are run, or without."""
+    optimizer, device, dtype = torch.optim.AdamW(parameters, lr=LR, fused=_fused(batch)), batch.noisy.device.type, batch.noisy.dtype
 
     def step() -> Tensor:
-        with torch.autocast(device, dtype) if dtype in HALF else nullcontext():
+        with torch.autocast(device, dtype) if dtype in HALF and autocast else nullcontext():
             loss = loss_of()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, MAX_NORM)
@@ -101,7 +122,11 @@ def _plain(parameters: list[nn.Parameter], loss_of: Callable[[], Tensor], batch:
         optimizer.zero_grad()
         return loss.detach()
 
-    return step
+    return Step(step, _count(parameters))
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 @contextmanager
@@ -121,13 +146,19 @@ def _peft(unet: nn.Module, rank: int) -> Iterator[list[nn.Parameter]]:
 
 
 @contextmanager
-def loop(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], Tensor]]:
+def loop(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Step]:
     with _peft(unet, rank) as parameters:
         yield _plain(parameters, lambda: batch.loss(unet), batch)
 
 
 @contextmanager
-def example(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], Tensor]]:
+def loop_plain(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Step]:
+    with _peft(unet, rank) as parameters:
+        yield _plain(parameters, lambda: batch.loss(unet), batch, autocast=False)
+
+
+@contextmanager
+def example(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Step]:
     def loss_of() -> Tensor:
         with torch.no_grad():
             latents, hidden = batch.encode()
@@ -138,7 +169,7 @@ def example(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], T
 
 
 @contextmanager
-def hooks(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], Tensor]]:
+def hooks(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Step]:
     layers, parameters = targets(unet), []
 
     def patched(layer: nn.Linear, down: nn.Linear, up: nn.Linear) -> Callable[[Tensor], Tensor]:
@@ -158,7 +189,7 @@ def hooks(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], Ten
 
 
 @contextmanager
-def ours(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], Tensor]]:
+def ours(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Step]:
     for layer in targets(unet).values():
         lora = Lora(layer, rank, rank)
         lora.reset(torch.rand_like(lora.down))
@@ -166,7 +197,7 @@ def ours(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], Tens
     loras = [layer.adapter for layer in adapted_layers(unet).values()]
     shadow = Shadow(loras, batch.noisy.dtype) if batch.noisy.dtype in HALF and not batch.compiled else None
     group = ParamGroup("unet", LR, tuple(p for lora in loras for p in lora.parameters()))
-    gradients, optimizer = Gradients([group], batch.noisy.device), torch.optim.AdamW(optimizer_groups([group], 1.0), fused=batch.noisy.device.type != "meta")
+    gradients, optimizer = Gradients([group], batch.noisy.device), torch.optim.AdamW(optimizer_groups([group], 1.0), fused=_fused(batch))
 
     def step() -> Tensor:
         gradients.clear()
@@ -178,9 +209,9 @@ def ours(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Callable[[], Tens
         return loss.detach()
 
     try:
-        yield step
+        yield Step(step, _count(group.parameters))
     finally:
         detach(unet)
 
 
-WAYS = SimpleNamespace(floor=floor, loop=loop, example=example, hooks=hooks, ours=ours).__dict__
+WAYS = {"floor": floor, "loop": loop, "loop plain": loop_plain, "example": example, "hooks": hooks, "ours": ours}
