@@ -70,10 +70,8 @@ def run(loaded, args: argparse.Namespace, parallel, stop, now: datetime.datetime
             loaded = load(args.cfg, args.overrides, type(loaded.config), now=parallel.share(now), allow=args.allow_target)
         code = Run(loaded, parallel, args.allow_target, stop).train()
     except (Exception, KeyboardInterrupt) as error:
-        ending = parallel.ending(error, stop)
-        if ending is error:
-            raise
-        raise ending from None
+        parallel.end(error, stop)
+        raise  # with no name for the error left in this frame, which the error holds: what the run held would wait for the collector of cycles
     parallel.close()
     return code
 

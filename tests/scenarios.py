@@ -65,10 +65,8 @@ def member(rank, fault=None, hooks=(), steps=6, before=None):
             print("ended at", trainer.state.step, flush=True)
             code = 0 if finished else next(code for code in parallel.gather(stop.signal and stop.exit_code) if code)
         except (Exception, KeyboardInterrupt) as error:
-            ending = parallel.ending(error, stop)
-            if ending is error:
-                raise
-            raise ending from None
+            parallel.end(error, stop)
+            raise
         parallel.close()
         return code
 

@@ -1,5 +1,7 @@
 """Whole runs under accelerate: two processes are really two; a launcher that dies, a signal at any time, a second run in the folder."""
 
+import contextlib
+import gc
 import json
 import os
 import re
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +19,7 @@ from PIL import Image
 from hcpdiff import train_ac
 from hcpdiff.config.load import load
 from hcpdiff.config.schema import RunConfig
-from hcpdiff.errors import Interrupted
+from hcpdiff.errors import ConfigError, Interrupted
 from hcpdiff.families.sd import StableDiffusion
 from hcpdiff.train import launcher
 from hcpdiff.train.lock import is_held
@@ -122,6 +125,29 @@ def in_this_process(place, monkeypatch, *words):
     monkeypatch.chdir(place)
     with StopRequest() as stop:
         return Run(load("cfg.yaml", [*words, "train.cpu_threads=1"], RunConfig), Parallel(), stop=stop).train()
+
+
+def test_what_a_run_held_is_freed_as_soon_as_its_error_is_told(monkeypatch):
+    """Not first when the collector of cycles comes by: it may be gigabytes on a GPU."""
+    held = []
+
+    class Failing:
+        def __init__(self, *_):
+            self.model = set()
+            held.append(weakref.ref(self.model))
+
+        def train(self):
+            raise ConfigError("no")
+
+    monkeypatch.setattr("hcpdiff.train.run.Run", Failing)
+    loaded = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(on_orphan="stop")))
+    gc.disable()
+    try:
+        with contextlib.suppress(ConfigError):
+            train_ac.run(loaded, SimpleNamespace(allow_target=[]), Parallel(), StopRequest(), None)
+        assert [ref() for ref in held] == [None]
+    finally:
+        gc.enable()
 
 
 def then_a_signal(act):

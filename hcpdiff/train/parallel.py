@@ -90,17 +90,16 @@ class Parallel:
             raise PeerError("another process of this run has ended without a word: killed (was the main memory full?), crashed, or its machine is out of reach. "
                             "What it said last stands above; the launcher tells its exit code.") from error
 
-    def ending(self, error: BaseException, stop: StopRequest) -> BaseException:
-        """What this process has to raise for `error`: the error itself in the one process that tells it, a silent exit in the others, which end for its sake."""
+    def end(self, error: BaseException, stop: StopRequest) -> None:
+        """Ends all processes for `error`. Comes back in the one process that tells it; in the others, which end for its sake, raises a silent exit."""
         if self.peers is None:
-            return error
+            return
         code = getattr(error, "exit_code", 1)
         stop.leave(code)
         first, code = self.peers.end(code, wait=isinstance(error, PeerError))
         if not first:
-            return SystemExit(code)
+            raise SystemExit(code) from None
         error.this_rank_only = True
-        return error
 
     def close(self) -> None:
         """Ends the process group."""
