@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hcpdiff.adapters.attach import attach_lora, concatenate
 from hcpdiff.adapters.base import adapted_layers, detach, put, take
@@ -269,3 +270,23 @@ def test_attach_names_all_that_does_not_fit_and_changes_nothing():
         attach_lora(model, {"to_q": [(good, 1.0)], "to_qq": [(good, 1.0)], "to_k": [(wide, 1.0)]}, "unet")
     assert len(caught.value.faults) == 2 and "'to_qq'" in str(caught.value) and "to_q" in str(caught.value) and "(2, 8)" in str(caught.value)
     assert not adapted_layers(model)
+
+
+class Products(TorchDispatchMode):
+    """How often a tensor was multiplied by a number in place."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.mul_.Tensor
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype,alpha,expected", [(torch.bfloat16, 3.0, 0), (torch.bfloat16, 1.5, 1), (torch.float32, 3.0, 0), (torch.float32, 1.5, 2)])
+def test_a_backward_pass_multiplies_by_the_scale_only_where_it_is_not_one_already(dtype, alpha, expected):
+    layer, lora, x = adapted("linear", dtype, alpha=alpha)
+    lora.float()
+    y = layer(x).float().sum()
+    with Products() as products:
+        y.backward()
+    assert products.count == expected and lora.up.grad.abs().sum() > 0

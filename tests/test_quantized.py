@@ -125,10 +125,37 @@ def test_a_compiled_layer_is_the_layer(code, name, dtype, rank, most):
     logging.getLogger("torch.__trace").setLevel(logging.WARNING)  # pytest would keep all of a compiler's trace
     torch._dynamo.reset()
     layer, _, x = pair(name, code, dtype, rank)
-    compiled = copy.copy(layer)
-    compiled.compile(backend="aot_eager", fullgraph=True)
-    for ours, theirs in zip(ways(compiled, x), ways(layer, x), strict=True):
+    compiled, kept = copy.copy(layer), []
+    compiled.forward = torch.compile(layer.forward, backend="aot_eager", fullgraph=True)  # Module.compile skips torch's own layers
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        found = ways(compiled, x)
+    for ours, theirs in zip(found, ways(layer, x), strict=True):
         assert (ours.float() - theirs.float()).norm() <= most * theirs.float().norm()
+    assert layer.weight.codes.shape in [tensor.shape for tensor in kept] and all(not tensor.is_floating_point() or tensor.numel() < layer.weight.numel() for tensor in kept)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_a_compiled_block_keeps_for_its_backward_pass_what_it_keeps_with_dense_weights(backend):
+    """The partitioner weighs what is kept by size and by how far it is from the backward pass; in a small block the dense weight seemed cheaper than nf4's codes and levels."""
+    from diffusers.models.attention import BasicTransformerBlock
+
+    logging.getLogger("torch.__trace").setLevel(logging.WARNING)
+
+    def kept(code: str | None) -> dict[int, int]:
+        """Bytes by storage."""
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        block, held = BasicTransformerBlock(64, 2, 32, cross_attention_dim=32).bfloat16().requires_grad_(False), []
+        if code:
+            move(block, CPU, Plan(code).keeper(block))
+        put(block.attn1.to_q, Lora(block.attn1.to_q, 2, 2.0))
+        own = {part.untyped_storage()._cdata for parameter in block.parameters() for part in (parameter.parts if isinstance(parameter, Quantized) else (parameter,))}
+        block.compile(backend=backend, fullgraph=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: held.append(tensor.untyped_storage()) or tensor, lambda tensor: tensor):
+            block(torch.randn(2, 16, 64).bfloat16().requires_grad_(), encoder_hidden_states=torch.randn(2, 7, 32).bfloat16())
+        return {storage._cdata: storage.nbytes() for storage in held if storage._cdata not in own}
+
+    assert sorted(kept(NF4).values()) == sorted(kept(None).values())
 
 
 def test_first_and_last_layers_small_ones_and_all_that_is_no_matrix_stay_dense():

@@ -27,6 +27,11 @@ def _factors(down: Tensor, up: Tensor, scale: float, dtype: torch.dtype) -> Fact
     return down.to(dtype), (scale * up).to(dtype) if dtype in HALF else up.to(dtype)
 
 
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    """In place. By 1 it would be a kernel for nothing, in every layer of every step."""
+    return tensor if factor == 1 else tensor.mul_(factor)
+
+
 class _LoraLinear(torch.autograd.Function):
     """y = x W^T + b + s (z down^T) up^T for 2-D x, where z is x or its dropped-out copy; computes no gradient of W.
 
@@ -57,9 +62,9 @@ class _LoraLinear(torch.autograd.Function):
         grad_x = g @ weight if want_x else None
         if want_x and not want_dropped:
             grad_x.addmm_(gh, low, alpha=ctx.rest)
-        grad_dropped = (gh @ low).mul_(ctx.rest) if want_dropped else None
-        grad_down = (gh.t() @ z).to(ctx.dtype).mul_(ctx.rest) if want_down else None
-        grad_up = (h.t() @ g).t().to(ctx.dtype).mul_(ctx.scale) if want_up else None
+        grad_dropped = _times(gh @ low, ctx.rest) if want_dropped else None
+        grad_down = _times((gh.t() @ z).to(ctx.dtype), ctx.rest) if want_down else None
+        grad_up = _times((h.t() @ g).t().to(ctx.dtype), ctx.scale) if want_up else None
         return grad_x, grad_dropped, None, None, grad_down, grad_up, None, None
 
 
@@ -108,8 +113,7 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        g = g.to(ctx.dtype)
-        return g if ctx.scale == 1 else g.mul_(ctx.scale), None, None
+        return _times(g.to(ctx.dtype), ctx.scale), None, None
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

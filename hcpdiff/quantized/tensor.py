@@ -1,10 +1,14 @@
 """A frozen weight that is kept in few bits and looks like a dense one."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.fx import traceback
 from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils.checkpoint import CheckpointPolicy
 
 from .codes import decode, encode
 
@@ -80,7 +84,25 @@ class Quantized(Tensor):
 
 
 def _dense(value):
-    return value.dense() if isinstance(value, Quantized) else value
+    if not isinstance(value, Quantized):
+        return value
+    if type(value.codes) is Tensor:
+        return value.dense()
+    with _made_again():
+        return value.dense()
+
+
+@contextmanager
+def _made_again() -> Iterator[None]:
+    """What is traced here is computed in the backward pass once more. A compiler sees that both passes make the same dense weight, and would keep the forward's."""
+    meta = traceback.get_current_meta()
+    before = dict(meta)
+    meta["recompute"], meta["ac_graph_id"] = CheckpointPolicy.MUST_RECOMPUTE, 0
+    try:
+        yield
+    finally:
+        meta.clear()
+        meta.update(before)
 
 
 def _writes(func, args) -> bool:
