@@ -1,5 +1,11 @@
-"""The guide, command by command and block by block as printed, with only model, folder and run names replaced."""
+"""The guide, command by command and block by block as printed, with only model, folder and run names replaced.
 
+The first of each kind of command starts a Python of its own, as users do; those after it run in this process (a start takes five seconds to import torch).
+"""
+
+import contextlib
+import importlib
+import io
 import json
 import re
 import shutil
@@ -12,6 +18,8 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+from hcpdiff import cli
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "zh" / "tutorials" / "lora.md"
@@ -43,6 +51,16 @@ def execute(arguments: list[str], cwd: Path, code: int = 0) -> str:
     done = subprocess.run([*first, *rest], cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=900)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
+
+
+def execute_here(arguments: list[str], cwd: Path) -> None:
+    """Runs the words of a guide's command in this process."""
+    name = arguments.index("-m") + 1
+    module, threads, told = importlib.import_module(arguments[name]), torch.get_num_threads(), io.StringIO()
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(told), contextlib.redirect_stderr(told), pytest.raises(SystemExit) as ended:
+        cli.run(module.main, module.parser, arguments[name + 1:])
+    torch.set_num_threads(threads)
+    assert ended.value.code == 0, told.getvalue()[-3000:]
 
 
 def make_images(folder: Path) -> None:
@@ -111,7 +129,7 @@ def test_the_second_training_command_changes_lr_and_epochs(trained, place):
     before = set((place / "exps").iterdir())
     arguments = words(block("shell", "unet_lr=0.0002"))
     assert arguments[-2:] == ["unet_lr=0.0002", "train.train_epochs=10"]
-    execute(["python", *arguments[2:]], place)  # the same words under python -m
+    execute_here(arguments, place)
     (run,) = set((place / "exps").iterdir()) - before
     log = (run / "train.log").read_text(encoding="utf-8")
     first = int(next(iter((trained[0] / "ckpts").iterdir())).stem.split("-")[1])
@@ -122,7 +140,7 @@ def test_the_second_training_command_changes_lr_and_epochs(trained, place):
 def test_the_run_can_be_started_again_from_its_cfg_yaml(trained, place):
     run, _ = trained
     before = set((place / "exps").iterdir())
-    execute(["python", "-m", "hcpdiff.train_ac_single", "--cfg", str(run / "cfg.yaml")], place)
+    execute_here(["-m", "hcpdiff.train_ac_single", "--cfg", str(run / "cfg.yaml")], place)
     (again,) = set((place / "exps").iterdir()) - before
     old, new = (load_file(next(iter((folder / "ckpts").iterdir()))) for folder in (run, again))
     assert old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
@@ -135,7 +153,7 @@ def with_text_encoder(place):
     (place / "json_data" / "captions.json").write_text(json.dumps({str(i): f"标注{i}" for i in range(1, len(SIZES) + 1)}, ensure_ascii=False), encoding="utf-8")
     text = (place / "cfgs/train/lora1.yaml").read_text(encoding="utf-8").replace("train_data/", "json_data/")
     (place / "cfgs/train/lora2.yaml").write_text(text + "\n" + block("yaml", "lora_text_encoder:"), encoding="utf-8")
-    execute(["python", "-m", "hcpdiff.train_ac_single", "--cfg", "cfgs/train/lora2.yaml", "exp_dir=exps/advanced", "train.train_epochs=3"], place)
+    execute_here(["-m", "hcpdiff.train_ac_single", "--cfg", "cfgs/train/lora2.yaml", "exp_dir=exps/advanced", "train.train_epochs=3"], place)
     return place / "exps" / "advanced"
 
 
@@ -148,12 +166,12 @@ def test_the_advanced_block_trains_both_with_rank_and_alpha_as_written(with_text
     assert {text[key].shape[0] for key in downs} == {2} and all(text[key.replace("down", "up")].abs().sum() > 0 for key in downs)
 
 
-def draw(arguments: list[str], place: Path, run: Path, model: Path) -> list[Path]:
-    """Runs a visualizer command of the guide and returns the new pictures."""
+def draw(arguments: list[str], place: Path, run: Path, model: Path, how=execute) -> list[Path]:
+    """Runs a visualizer command of the guide, by `how`, and returns the new pictures."""
     newest = max((run / "ckpts").glob("unet-*.safetensors"), key=lambda path: path.stat().st_mtime)
     arguments = [word.replace(MODEL, str(model)).replace("exps/2023-07-26-01-05-35/ckpts/unet-1000.safetensors", str(newest.relative_to(place))) for word in arguments]
     before = set(place.glob("output/**/*.png"))
-    execute(arguments, place)
+    how(arguments, place)
     return sorted(set(place.glob("output/**/*.png")) - before)
 
 
@@ -168,7 +186,7 @@ def test_the_advanced_drawing_block_changes_size_sampler_and_vae(trained, place,
     text = block("yaml", "DPMSolverMultistepScheduler").replace("768", "128").replace("num_inference_steps: 25", "num_inference_steps: 4")
     (place / "cfgs" / "my_infer.yaml").write_text(text, encoding="utf-8")
     arguments = [word.replace("cfgs/infer/t2i_lora.yaml", "cfgs/my_infer.yaml") for word in words(block("shell", "hcpdiff.visualizer"))]
-    (picture,) = draw(arguments, place, trained[0], tiny_sd1)
+    (picture,) = draw(arguments, place, trained[0], tiny_sd1, execute_here)
     with Image.open(picture) as image:
         assert image.size == (128, 128) and "DPM" in str(image.info)
 
@@ -183,6 +201,6 @@ def test_the_conversion_command_makes_a_webui_file(with_text_encoder, place):
     assert len([base for base in bases if base.startswith("lora_te_text_model_encoder_layers_")]) == 18 and len([base for base in bases if base.startswith("lora_unet_")]) == 96
     plain = [word for word in arguments if word != "--auto_scale_alpha"]
     plain[plain.index("lora-xxxx.safetensors")] = "plain.safetensors"
-    execute(plain, place)
+    execute_here(plain, place)
     other = load_file(place / "plain.safetensors")
     assert other.keys() == tensors.keys() and all(torch.equal(other[key], tensors[key]) for key in other)
