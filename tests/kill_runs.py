@@ -18,7 +18,7 @@ from pathlib import Path
 import group
 import scenarios
 import torch
-from run_help import Stoppable, assert_same_run, images, next_second, run
+from run_help import Stoppable, age, assert_same_run, images, run
 from test_resume_exact import CONFIG, STEPS, WORKERS, overrides
 from tiny import make_tiny_sd
 
@@ -55,7 +55,7 @@ def go(name: str) -> None:
     """Starts the run, or goes on with it."""
     there = states(Path(name)) if Path(name).is_dir() else []
     if there:
-        next_second(Path(name))
+        age(Path(name))
     run("cfg.yaml", *([f"train.resume={name}"] if there else [f"exp_dir={name}"]), *ARGUMENTS)
 
 
@@ -88,7 +88,7 @@ def two_processes(place: Path) -> None:
 
     for number, (name, stop) in enumerate([("whole-two", None), ("parts-two", 2), ("parts-two", None)]):
         if number == 2:
-            next_second(place / name)
+            age(place / name)
         scenarios.ALL[f"two-{number}"] = (2, work(name, stop), None)
         group.run(f"two-{number}", place / f"two-{number}")
         codes, said = json.loads((place / f"two-{number}" / "codes.json").read_text()), [(place / f"two-{number}" / f"{rank}.txt").read_text() for rank in (0, 1)]

@@ -1,5 +1,6 @@
-"""A run that is stopped and resumed at the command line ends in the bits of one that was not."""
+"""A run that is stopped and resumed at the command line ends in the bits of one that was not (which runs in this process, without loader workers)."""
 
+import contextlib
 import json
 import re
 import signal
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import run_help
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -59,9 +61,10 @@ def runs(tmp_path_factory, tiny_sd1):
         Image.effect_noise((100, 60) if i % 3 else (64, 80), 20 * i + 10).save(place / "images" / f"{i}.png")
         (place / "images" / f"{i}.txt").write_text(f"red, blue, number {i}, green", encoding="utf-8")
     (place / "cfg.yaml").write_text(CONFIG.format(model=tiny_sd1), encoding="utf-8")
-    run(place, "exp_dir=whole")
+    with contextlib.chdir(place):
+        run_help.run("cfg.yaml", "exp_dir=whole", "train.workers=0")
     assert interrupted(place, "exp_dir=parts") == 130
-    output = run(place, "train.resume=parts", "exp_dir=elsewhere")
+    output = run(place, "train.resume=parts", "exp_dir=elsewhere", "train.workers=0")
     return place / "whole", place / "parts", output
 
 

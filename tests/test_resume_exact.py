@@ -8,7 +8,7 @@ import random
 import shutil
 
 import pytest
-from run_help import assert_same_run, images, next_second, run
+from run_help import age, assert_same_run, images, run
 
 STEPS, EPOCH = 6, 3  # 5 images of two shapes in batches of 2 make 3 chunks; with accumulation 2, an epoch has 2 steps and its last one is not full
 CONFIG = """
@@ -84,7 +84,7 @@ def stopped(arguments: list[str], stops, *more: str, crash: bool | str = False):
     """The folder of a run that was stopped after each of `stops` and then went on to the end; `crash`: that died there instead, after its last save."""
     parts, _ = run("cfg.yaml", "exp_dir=parts", *arguments, stop=stops[0], crash=crash)
     for stop in (*stops[1:], None):
-        next_second(parts.folder)
+        age(parts.folder)
         run("cfg.yaml", f"train.resume={parts.folder}", *arguments, *more, stop=stop, crash=crash and stop is not None)
     return parts.folder
 
