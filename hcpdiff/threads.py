@@ -20,15 +20,19 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def prepared(work: Callable[[T], R], items: Sequence[T], most: int) -> Iterator[tuple[T, R]]:
-    """(item, work(item)) in order, some made ahead by at most `most` threads, which may `give_way`. Close it to stop them."""
+def prepared(work: Callable[[T], R], items: Sequence[T], most: int, ahead: int | None = None) -> Iterator[tuple[T, R]]:
+    """(item, work(item)) in order, some made ahead by at most `most` threads, which may `give_way`. Close it to stop them.
+
+    ahead: how many are begun or made beside the one that is out, at least one; never more than two for a thread, which is None's meaning.
+    """
     threads = max(1, min(most, usable_cores(), len(items)))
+    ahead = 2 * threads if ahead is None else max(1, min(ahead, 2 * threads))
     pool = ThreadPoolExecutor(threads, thread_name_prefix="hcpdiff-ahead")
     try:
         waiting: deque[tuple[T, Future[R]]] = deque()
         for item in items:
             waiting.append((item, pool.submit(work, item)))
-            if len(waiting) > 2 * threads:
+            if len(waiting) > ahead:
                 done, future = waiting.popleft()
                 yield done, future.result()
         while waiting:

@@ -1,6 +1,7 @@
 """What work is done how often, as exact counts: images decoded and hashed, VAE and text encoder called, batches drawn. Seconds are for benchmarks."""
 
 import threading
+import time
 from contextlib import closing, contextmanager
 
 import pytest
@@ -131,7 +132,31 @@ def test_what_is_prepared_is_in_order_and_not_far_ahead():
     made = threads.prepared(lambda n: n * n, items, 3)
     assert next(made) == (0, 0) and items.taken == 2 * min(3, threads.usable_cores()) + 1
     made.close()
+    for ahead, most in ((1, 2), (0, 2), (99, 2 * min(3, threads.usable_cores()) + 1)):  # what is taken is what is out and what waits
+        items.taken = 0
+        with closing(threads.prepared(lambda n: n * n, items, 3, ahead)) as made:
+            assert next(made) == (0, 0) and items.taken == most
     assert list(threads.prepared(lambda n: n * n, range(50), 3)) == [(n, n * n) for n in range(50)]
+
+
+@pytest.mark.parametrize("mode", ["memory", "disk"])
+def test_no_more_images_are_decoded_ahead_than_their_pixels_may_take(root, tmp_path, monkeypatch, mode):
+    seen, loaded, real = [], [], latent_cache.load_views
+    monkeypatch.setattr(latent_cache, "load_views", lambda *args: (loaded.append(real(*args)), loaded[-1])[1])
+    data = build(cached(root, tmp_path / "c", mode=mode))
+    (made,) = data.datasets
+    size = 3 * max(width * height for width, height in made.bucket_sizes) * max(len(made.views(image)) for image in range(len(made)))
+    monkeypatch.setattr(latent_cache, "_WAITING", 2 * size - 1)
+    monkeypatch.setattr(threads, "usable_cores", lambda: 8)
+    encode = Encoder()
+
+    def waiting(pixels):
+        time.sleep(0.05)  # long enough for threads to decode whatever they may
+        seen.append(len(loaded) - encode.calls)
+        return encode(pixels)
+
+    data.cache_latents(waiting, "v")
+    assert len(loaded) == 5 and max(seen) <= 2 and right(data)  # the one with the VAE and the next
 
 
 @pytest.mark.skipif(not hasattr(threads.os, "getpriority") or threads.sys.platform != "linux", reason="niceness of a thread is Linux's")

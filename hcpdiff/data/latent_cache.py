@@ -37,6 +37,7 @@ Loaded = list[tuple[np.ndarray, np.ndarray | None]]  # pixels and mask of each v
 Exchange = Callable[[Any], list[Any]]  # one object of every rank, in rank order (torch.distributed.all_gather_object)
 Tick = Callable[[int], None]  # told how many images were done
 _THREADS = 16  # that decode; each with a large photograph takes some 100 MB
+_WAITING = 256 << 20  # bytes of pixels that wait for the VAE, about: many cores and many views of an image would make gigabytes of them
 _BEHIND = 2  # images encoded and not yet stored
 _ROUND = 64  # images that a rank encodes between two exchanges
 _DTYPES = "F64", "F32", "F16", "BF16"  # of entries, as safetensors calls them
@@ -72,7 +73,7 @@ class MemoryStore:
     def _made(self, images: Sequence[int], encode: Encode, faults: "Faults") -> Iterator[tuple[int, list[Entry] | DataError]]:
         """(image, its entries or what is wrong with them) of each; none of one that cannot be read."""
         def begun() -> Iterator[tuple[int, list[Encoding]]]:
-            with closing(prepared(self._load, images, _THREADS)) as ready:
+            with closing(prepared(self._load, images, _THREADS, _ahead(self.data))) as ready:
                 for image, loaded in ready:
                     if isinstance(loaded, DataError):
                         faults.images += loaded.faults
@@ -105,6 +106,12 @@ class MemoryStore:
             return load_views(self.data, image, self.data.views(image), self.factor)
         except DataError as error:
             return error
+
+
+def _ahead(data: TrainDataset) -> int:
+    """How many images may wait for the VAE, by the largest and most that any has in pixels."""
+    views = len(data.positions) * (2 if any(source.flip for source in data.sources) else 1)
+    return _WAITING // (3 * views * max(width * height for width, height in data.bucket_sizes))
 
 
 def meetings(images: int, world: int) -> int:
@@ -242,7 +249,7 @@ class DiskStore:
 
     def _encodings(self, images: Sequence[int], encode: Encode, faults: Faults) -> Iterator[tuple[int, list[tuple[bytes, Encoding]]]]:
         """What each image lacks, with the VAE; nothing of one that cannot be read."""
-        with closing(prepared(self._look, images, _THREADS)) as ready:
+        with closing(prepared(self._look, images, _THREADS, _ahead(self.data))) as ready:
             for image, found in ready:
                 if isinstance(found, DataError):
                     faults.images += found.faults
