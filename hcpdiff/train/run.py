@@ -79,7 +79,7 @@ class Run:
             self._say_the_end(finished, trainer.state.step)
         except torch.OutOfMemoryError as error:
             raise HCPError(f"out of memory while {self.phase}. Other programs on the device, data.<dataset>.batch_size, bucket.target_area, "
-                           f"model.gradient_checkpointing and model.quantize decide how much is needed.") from error
+                           f"model.gradient_checkpointing, model.quantize and, where previews are drawn, preview.bs decide how much is needed.") from error
         except RuntimeError as error:
             lost = compile_failed(error)
             if lost is None:
