@@ -2,21 +2,28 @@
 
 import contextlib
 import copy
+import gc
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from data_help import filled, folder_of
+from safetensors.torch import load_file
 from test_quantized import BOTH, LAYERS, pair, ways
+from test_run import CONFIG, train  # noqa: F401 - the fixture
 from test_step_reference import Setup, make_batch
 from tiny import make_unet, make_vae
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hcpdiff import device as machine
 from hcpdiff.adapters.base import put
 from hcpdiff.adapters.lora import Lora
 from hcpdiff.adapters.shadow import Shadow
+from hcpdiff.config.load import load
+from hcpdiff.config.schema import RunConfig
 from hcpdiff.data.sample import load_views, stack_pixels
 from hcpdiff.families import detect
 from hcpdiff.families.base import Models
@@ -27,7 +34,9 @@ from hcpdiff.train.compiled import compile_regions
 from hcpdiff.train.conditioning import Encoder, FrozenText
 from hcpdiff.train.latents import _encoder
 from hcpdiff.train.optim import Gradients, optimizer_groups
+from hcpdiff.train.parallel import Parallel
 from hcpdiff.train.parts import make_optimizer
+from hcpdiff.train.run import Run
 from hcpdiff.train.signals import StopRequest
 from hcpdiff.train.trainer import Hook, Trainer
 from hcpdiff.trainables.lora import ParamGroup
@@ -63,9 +72,24 @@ def test_a_step_on_the_gpu_is_the_step_on_the_cpu(dtype, tolerance):
     assert all(p.grad.dtype == torch.float32 for lora in ours.trainable.adapters.values() for p in lora.parameters())
 
 
-def test_auto_precision_and_attention():
+def test_auto_precision_and_words_for_the_device():
     assert machine.compute_dtype("auto", torch.device("cuda", 0)) in (torch.bfloat16, torch.float16)
     assert "GiB" in machine.describe(torch.device("cuda", 0)) and "GiB" in machine.peak_memory(torch.device("cuda", 0))
+
+
+def test_attention_of_a_half_precision_unet_runs_in_kernels_that_hold_no_scores():
+    dtype = machine.compute_dtype("auto", torch.device("cuda", 0))
+    unet = make_unet(widths=(128, 256, 256, 256)).requires_grad_(False).cuda().to(dtype)
+    assert machine.set_attention(unet, "auto", "model.attention") == "sdpa"
+    x = torch.randn(2, 4, 8, 8, device="cuda", dtype=dtype, requires_grad=True)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        unet(x, torch.tensor([500], device="cuda"), torch.randn(2, 77, 32, device="cuda", dtype=dtype)).sample.float().square().mean().backward()
+    assert x.grad.isfinite().all() and x.grad.any()
+
+
+def test_what_is_expanded_can_be_sent():
+    rows = torch.tensor([[1, 2]]).expand(3, 2)
+    assert torch.equal(machine.send(rows, torch.device("cuda")).cpu(), rows)
 
 
 class Steps:
@@ -119,10 +143,13 @@ def test_what_the_host_learns_late_is_what_it_learns_at_once(make):
 
 @BOTH
 def test_a_quantized_weight_has_the_same_numbers_on_the_gpu(code):
+    """But for the last bit of a scale, since a GPU divides by a number by multiplying, and a weight in the middle between two codes that may follow from it."""
+    torch.manual_seed(0)
     weight = torch.randn(96, 128)
     here, there = (Quantized.of(weight.to(device), code, torch.float32) for device in ("cpu", "cuda"))
-    assert torch.equal(here.codes, there.codes.cpu()) and torch.equal(here.dense(), here.to("cuda").dense().cpu())
-    torch.testing.assert_close(there.dense().cpu(), here.dense(), rtol=1e-6, atol=0)
+    assert torch.equal(here.dense(), here.to("cuda").dense().cpu())
+    torch.testing.assert_close(there.scales.cpu(), here.scales, rtol=3e-7, atol=0)
+    assert (here.codes != there.codes.cpu()).sum() <= 3 and (there.dense().cpu() - here.dense()).norm() < 0.01 * here.dense().norm()
 
 
 @BOTH
@@ -144,15 +171,35 @@ def test_lora_on_a_quantized_layer_is_that_on_the_dense_one_and_waits_for_nothin
 
 @pytest.mark.parametrize("choice,most", [("int8", 0.56), ("nf4", 0.5)])
 def test_a_quantized_model_takes_so_much_of_the_gpu(choice, most):
+    """At most, not only afterwards: no dense weight is kept for the backward pass, and of one layer there are two or three in the making."""
     unet = make_unet(widths=(128, 256, 256, 256)).requires_grad_(False).to(torch.bfloat16)
-    dense = stored_bytes(unet)
-    move(unet, torch.device("cpu"), Plan(choice, ["conv_in", "conv_out"]).keeper(unet))
-    before = torch.cuda.memory_allocated()
+    dense, largest = stored_bytes(unet), max(parameter.nbytes for parameter in unet.parameters())
     unet.cuda()
-    assert stored_bytes(unet) <= most * dense and torch.cuda.memory_allocated() - before <= stored_bytes(unet) + 512 * 3 * len(list(unet.parameters()))  # rounded up to 512
-    x, t, hidden = torch.randn(1, 4, 8, 8).cuda().bfloat16(), torch.tensor([500]).cuda(), torch.randn(1, 7, 32).cuda().bfloat16()
-    unet(x.requires_grad_(), t, hidden).sample.float().square().sum().backward()
-    assert x.grad.isfinite().all() and torch.cuda.memory_allocated() - before < 0.75 * dense
+    beside_weights(unet)  # the first time libraries take memory that they keep
+    beside = beside_weights(unet)
+    move(unet, torch.device("cpu"), Plan(choice, ["conv_in", "conv_out"]).keeper(unet))
+    before = allocated()
+    unet.cuda()
+    assert stored_bytes(unet) <= most * dense
+    assert torch.cuda.max_memory_allocated() - before <= stored_bytes(unet) + 512 * 3 * len(list(unet.parameters()))  # rounded up to 512
+    assert beside_weights(unet) <= beside + 4 * largest < beside + dense / 2
+
+
+def allocated() -> int:
+    """Bytes that tensors take on the GPU; the most is counted from here on."""
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def beside_weights(unet) -> int:
+    """The most that a forward and backward pass takes beside what is there before."""
+    torch.manual_seed(0)
+    x, t, hidden = torch.randn(1, 4, 8, 8).cuda().bfloat16().requires_grad_(), torch.tensor([500]).cuda(), torch.randn(1, 7, 32).cuda().bfloat16()
+    before = allocated()
+    unet(x, t, hidden).sample.float().square().sum().backward()
+    assert x.grad.isfinite().all()
+    return torch.cuda.max_memory_allocated() - before
 
 
 @pytest.mark.parametrize("mode", ["memory", "disk"])
@@ -207,7 +254,8 @@ def test_adamw_is_fused_and_goes_on_exactly_from_its_state():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_copies_of_the_weights_give_the_gradients_that_casting_gives(dtype):
-    """Of a whole UNet, and so within rounding: backward kernels of attention add up in no fixed order. That layers get the same bits is held on the CPU (test_shadow.py)."""
+    """Of a whole UNet, and so within rounding: backward kernels of attention add up in no fixed order, and a sum near zero may be any other one near zero. That layers
+    get the same bits is held on the CPU (test_shadow.py)."""
     setup, batch = on_gpu(dtype), make_batch(dtype=torch.float32)
     loras, found = list(setup.trainable.adapters.values()), []
     for shadow in (None, Shadow(loras, dtype)):
@@ -216,7 +264,7 @@ def test_copies_of_the_weights_give_the_gradients_that_casting_gives(dtype):
         found.append([p.grad.clone() for lora in loras for p in lora.parameters()])
         setup.unet.zero_grad()
     for got, want in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-5)
+        assert (got - want).norm() <= 0.02 * want.norm()
 
 
 @pytest.mark.parametrize("relative", [1e-4, 1e-3])
@@ -265,11 +313,11 @@ def test_a_compiled_step_is_the_step(sizes, checkpointing):
 def test_weights_of_an_outline_come_straight_to_the_gpu(tiny_sd1):
     family = detect(tiny_sd1)
     outline, whole = (family.load(tiny_sd1, "m", ["unet"], torch.bfloat16, outlines=names) for names in (["unet"], []))
-    before = torch.cuda.memory_allocated()
+    before = allocated()
     outline.read("unet", torch.device("cuda"))
-    state = outline.unet.state_dict()
+    most, state = torch.cuda.max_memory_allocated() - before, outline.unet.state_dict()
     assert all(tensor.is_cuda and torch.equal(tensor.cpu(), whole.unet.state_dict()[name]) for name, tensor in state.items())
-    assert torch.cuda.memory_allocated() - before < 1.1 * sum(max(512, tensor.nbytes) for tensor in state.values())
+    assert most <= 1.02 * sum(-(-tensor.nbytes // 512) * 512 for tensor in state.values()), "at no time is a weight held twice"
 
 
 def test_prompts_do_not_depend_on_what_was_encoded_beside_them_and_the_encoder_goes_home(tiny_sd1):
@@ -283,3 +331,56 @@ def test_prompts_do_not_depend_on_what_was_encoded_beside_them_and_the_encoder_g
         found.append(text(prompts[20:22]).hidden)
         assert found[-1].is_cuda and "" in text.cache, "the probe asks for empty prompts"
     assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+# ---- whole runs -------------------------------------------------------------------------------------------------------------------------------------
+
+LEARNS = "mixed_precision=bf16", "train.optimizer={_target_: torch.optim.AdamW}", "lora_unet=[{lr: 0.001, rank: 2, layers: ['re:.*attn.?$', 're:.*resnets$']}]"
+DRAWS = "preview.prompts=[red, blue]", "preview.every=2", "preview.num_inference_steps=2", "preview.bs=2"
+
+
+@pytest.mark.parametrize("overrides", [(), ("model.quantize=nf4",), ("model.gradient_checkpointing=true",), ("mixed_precision=fp16",),
+                                       pytest.param(("model.compile=true",), marks=pytest.mark.long),
+                                       pytest.param(("model.compile=true", "model.quantize=int8"), marks=pytest.mark.long)], ids=" ".join)
+def test_a_run_trains_draws_saves_and_goes_on(train, overrides):  # noqa: F811
+    """Batches of 2, one of which is a part of an epoch."""
+    keys = *LEARNS, *DRAWS, *overrides
+    run, log, losses = train(*keys, "train.train_steps=4", "train.save_step=2")
+    assert run.device.type == "cuda" and re.search(r"largest batch \(2 x 64 x 64\) fits: peak memory \d", log)
+    assert len(losses) == 4 and all(map(math.isfinite, losses)) and "warning" not in log
+    resumed, log, losses = train(*keys, "train.train_steps=6", "train.save_step=2", f"train.resume={run.folder}", f"exp_dir={run.folder}")
+    assert resumed.folder == run.folder and len(losses) == 6 and "warning" not in log
+    assert sorted(path.name for path in (run.folder / "previews").iterdir()) == [f"{step}-{number}.png" for step in (2, 4, 6) for number in (0, 1)]
+    saved = [load_file(run.folder / "ckpts" / f"unet-{step}.safetensors") for step in (4, 6)]
+    ups = [name for name in saved[0] if "to_v.lora_up" in name]  # where a picture is one token, queries and keys decide nothing
+    assert ups and all(tensor.isfinite().all() for tensors in saved for tensor in tensors.values())
+    assert all(saved[0][name].any() and not torch.equal(saved[0][name], saved[1][name]) for name in ups)
+
+
+class Strict(Run):
+    """Any wait for the GPU is an error in all steps but the first, with what is between them: the next batch, the log."""
+
+    def _hooks(self):
+        strict = Hook()
+        strict.on_step_end = lambda trainer: torch.cuda.set_sync_debug_mode("error")
+        strict.on_end = lambda trainer: torch.cuda.set_sync_debug_mode("default")
+        return [strict, *super()._hooks()]
+
+
+WORDS = "lora_text_encoder=[{lr: 0.001, rank: 2, layers: ['re:.*self_attn$']}]"
+
+
+@pytest.mark.parametrize("model", ["tiny_sd1", "tiny_sdxl"])
+@pytest.mark.parametrize("overrides", [(), (WORDS,), ("model.quantize=int8",), ("mixed_precision=fp16", "train.gradient_accumulation_steps=2"),
+                                       ("data.one.source.a.caption_file=images", "train.loss.min_snr_gamma=5", "train.noise_offset=0.1"),
+                                       pytest.param(("model.compile=true", "data.one.batch_size=3"), marks=pytest.mark.long)], ids=" ".join)
+def test_no_step_of_a_real_run_but_the_first_waits_for_the_gpu(train, tmp_path, request, model, overrides):  # noqa: F811
+    """`train` makes the images and the folder."""
+    (tmp_path / "cfg.yaml").write_text(CONFIG.format(model=request.getfixturevalue(model)), encoding="utf-8")
+    for number in range(3):
+        (tmp_path / "images" / f"{number}.txt").write_text(f"caption {number}", "utf-8")
+    strict = Strict(load("cfg.yaml", ["exp_dir=strict", "train.train_steps=6", "train.save_step=null", *LEARNS, *overrides], RunConfig), Parallel())
+    try:
+        assert strict.train() == 0
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
