@@ -8,6 +8,7 @@ import pytest
 import torch
 from data_help import Encoder, build, cached, epoch, filled, folder_of, right
 from PIL import Image, ImageFile
+from safetensors.torch import save
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,7 +17,7 @@ from hcpdiff import threads
 from hcpdiff.adapters.base import adapted_layers
 from hcpdiff.config.infer_schema import InferConfig
 from hcpdiff.config.schema import PreviewConfig
-from hcpdiff.data import encoding, hashes, image, latent_cache
+from hcpdiff.data import encoding, hashes, image, latent_cache, pack
 from hcpdiff.families import detect
 from hcpdiff.lora_tensors import LoraTensors
 from hcpdiff.vis import attach, preview, request, run
@@ -119,7 +120,16 @@ def test_images_are_decoded_while_the_vae_works_and_stored_while_it_works_on(roo
     assert encode.calls == 5 and right(data)
 
 
-def test_what_is_prepared_is_in_order_and_not_far_ahead():
+def test_what_is_prepared_is_in_order_and_not_far_ahead(monkeypatch):
+    monkeypatch.setattr(threads, "usable_cores", lambda: 4)  # a test runner has one core, and one thread cannot come out of order
+    others = threading.Event()
+
+    def late(n):
+        assert n or others.wait(30)  # the first is ready last
+        if n == 6:
+            others.set()
+        return n * n
+
     class Items(list):
         taken = 0
 
@@ -129,14 +139,29 @@ def test_what_is_prepared_is_in_order_and_not_far_ahead():
                 yield item
 
     items = Items(range(50))
-    made = threads.prepared(lambda n: n * n, items, 3)
-    assert next(made) == (0, 0) and items.taken == 2 * min(3, threads.usable_cores()) + 1
+    made = threads.prepared(late, items, 3)
+    assert next(made) == (0, 0) and items.taken == 2 * 3 + 1
     made.close()
-    for ahead, most in ((1, 2), (0, 2), (99, 2 * min(3, threads.usable_cores()) + 1)):  # what is taken is what is out and what waits
+    for ahead, most in ((1, 2), (0, 2), (99, 2 * 3 + 1)):  # what is taken is what is out and what waits
         items.taken = 0
         with closing(threads.prepared(lambda n: n * n, items, 3, ahead)) as made:
             assert next(made) == (0, 0) and items.taken == most
-    assert list(threads.prepared(lambda n: n * n, range(50), 3)) == [(n, n * n) for n in range(50)]
+    others.clear()
+    assert list(threads.prepared(late, range(50), 3)) == [(n, n * n) for n in range(50)]
+
+
+@pytest.mark.parametrize("count", [10, 1000])
+def test_a_look_into_the_cache_reads_one_file_once_and_parses_once_however_many_entries_there_are(tmp_path, monkeypatch, count):
+    keys, entry = [number.to_bytes(2, "big") * 16 for number in range(count)], {name: torch.rand(4, 2, 2) for name in ("mean", "std")}
+    folder = pack.PackFolder(tmp_path)
+    with pack.PackWriter(folder) as writer:
+        for key in keys:
+            writer.add(key, save(entry))
+    reader = pack.PackFolder(tmp_path)
+    monkeypatch.setattr(pack, "open", open, raising=False)
+    with counted(monkeypatch, (pack, "open"), (latent_cache, "deserialize")) as calls:
+        found = reader.get(keys[count // 2], lambda payload: latent_cache.read_entry(payload, (4, 2, 2), False))
+    assert calls == {"open": 1, "deserialize": 1} and found.keys() == entry.keys() and all(torch.equal(found[name], entry[name]) for name in entry)
 
 
 @pytest.mark.parametrize("mode", ["memory", "disk"])

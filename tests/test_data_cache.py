@@ -168,6 +168,8 @@ FOREIGN = {
     "a name too many": foreign(mean=(4, 8, 8), std=(4, 8, 8), mask=(8, 8)),
     "another size": foreign(mean=(4, 4, 8), std=(4, 4, 8)),
     "no channels": foreign(mean=(8, 8), std=(8, 8)),
+    "other channels": foreign(mean=(16, 8, 8), std=(16, 8, 8)),
+    "two types": save({"mean": torch.zeros(4, 8, 8), "std": torch.zeros(4, 8, 8).half()}),
     "whole numbers": foreign(torch.int32, mean=(4, 8, 8), std=(4, 8, 8)),
     "cut short": foreign(mean=(4, 8, 8), std=(4, 8, 8))[:-1],
 }

@@ -197,7 +197,7 @@ class TrainData:
                     store = self._stores[number] = MemoryStore(data, vae_id, self.maker.vae_factor)
                 store.fill(encode, rank, world, exchange, tick)
             elif data.cache == "disk":
-                store = self._stores[number] = DiskStore(data.cache_dir, data, vae_id, self.maker.vae_factor)
+                store = self._stores[number] = DiskStore(data.cache_dir, data, vae_id, self.maker.vae_factor, self.maker.latent_channels)
                 store.fill(encode, rank, world, exchange, tick)
 
     def _attach(self, batch: Batch, micro: MicroBatch) -> Batch:

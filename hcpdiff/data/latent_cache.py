@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import PIL
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, deserialize
 
 from ..errors import DataError
@@ -40,7 +41,7 @@ _THREADS = 16  # that decode; each with a large photograph takes some 100 MB
 _WAITING = 256 << 20  # bytes of pixels that wait for the VAE, about: many cores and many views of an image would make gigabytes of them
 _BEHIND = 2  # images encoded and not yet stored
 _ROUND = 64  # images that a rank encodes between two exchanges
-_DTYPES = "F64", "F32", "F16", "BF16"  # of entries, as safetensors calls them
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of entries, as safetensors calls them
 _HASHES = "hashes-1.bin"
 _LOOK_SECONDS = 5.0  # how often to look for what other processes have put into the cache
 
@@ -153,16 +154,18 @@ def entry_key(image: bytes, mask: bytes | None, view: View, background: Sequence
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode("utf-8"), digest_size=32).digest()
 
 
-def is_entry(payload: bytes, size: Sequence[int], masked: bool) -> bool:
-    """Whether a payload is an entry for latents of `size` (h, w). A digest that fits says only that it is as somebody has written it."""
+def read_entry(payload: bytes, shape: Sequence[int], masked: bool) -> Entry | None:
+    """The entry that a payload holds, for latents of `shape` (C, h, w); None if it is another or none. A digest that fits says only that it is as somebody has
+    written it."""
     try:
         parts = dict(deserialize(payload))
     except SafetensorError:
-        return False
-    shapes = {name: part["shape"] for name, part in parts.items()}
-    mean, wanted = shapes.get("mean", []), list(size)
-    named = shapes == {"mean": mean, "std": mean, **({"mask": wanted} if masked else {})} and len(mean) == 3
-    return named and mean[1:] == wanted and all(part["dtype"] in _DTYPES for part in parts.values())
+        return None
+    shapes = {"mean": list(shape), "std": list(shape)} | ({"mask": list(shape[1:])} if masked else {})
+    kinds = {name: part["dtype"] for name, part in parts.items()}
+    if {name: part["shape"] for name, part in parts.items()} != shapes or kinds["mean"] != kinds["std"] or kinds["mean"] not in _DTYPES or kinds.get("mask", "F32") != "F32":
+        return None
+    return {name: torch.frombuffer(part["data"], dtype=_DTYPES[part["dtype"]]).reshape(part["shape"]) for name, part in parts.items()}
 
 
 Digests = tuple[bytes, bytes | None]  # of an image, of its mask
@@ -171,8 +174,9 @@ Digests = tuple[bytes, bytes | None]  # of an image, of its mask
 class DiskStore:
     """Entries of one dataset in a folder that any number of runs and processes share."""
 
-    def __init__(self, folder: str | Path, data: TrainDataset, vae_id: str, factor: int):
-        self.data, self.vae_id, self.factor = data, vae_id, factor
+    def __init__(self, folder: str | Path, data: TrainDataset, vae_id: str, factor: int, channels: int):
+        """factor, channels: pixels a side of one latent, and numbers of it."""
+        self.data, self.vae_id, self.factor, self.channels = data, vae_id, factor, channels
         self.packs = PackFolder(Path(folder) / f"latents-{FORMAT}")
         self.memo = HashMemo(Path(folder) / _HASHES)
         self.digests: dict[int, Digests] = {}
@@ -190,16 +194,16 @@ class DiskStore:
 
     def get(self, image: int, view: int) -> Entry:
         """One entry. Every read is checked against the entry's digest."""
-        payload = self._payload(image, self.data.views(image)[view], self.digests[image])
-        if payload is None:
+        entry = self._entry(image, self.data.views(image)[view], self.digests[image])
+        if entry is None:
             raise DataError(f"{self.packs.folder}: the latents of {self.data.image_id(image)} were damaged or removed while training. Start again: they are made anew.")
-        return safetensors.torch.load(payload)
+        return entry
 
-    def _payload(self, image: int, view: View, digests: Digests) -> bytes | None:
-        """The bytes of an entry that is whole and what its key says; None if there is none."""
-        size = [view.height // self.factor, view.width // self.factor]
+    def _entry(self, image: int, view: View, digests: Digests) -> Entry | None:
+        """An entry that is whole and what its key says; None if there is none."""
+        shape = [self.channels, view.height // self.factor, view.width // self.factor]
         key = entry_key(*digests, view, self.data.source_of(image)[0].bg_color, self.vae_id)
-        return self.packs.get(key, partial(is_entry, size=size, masked=digests[1] is not None))
+        return self.packs.get(key, partial(read_entry, shape=shape, masked=digests[1] is not None))
 
     def fill(self, encode: Encode, rank: int, world: int, exchange: Exchange | None, tick: Tick) -> None:
         """Encode what is missing or damaged. With `exchange` each rank does its share; what another could not leave in this folder is made here."""
@@ -283,7 +287,7 @@ class DiskStore:
         return digests, loaded
 
     def _whole(self, image: int, digests: Digests) -> bool:
-        return all(self._payload(image, view, digests) is not None for view in self.data.views(image))
+        return all(self._entry(image, view, digests) is not None for view in self.data.views(image))
 
     def _missing(self, image: int, digests: Digests, loaded: Loaded, encode: Encode) -> list[tuple[bytes, Encoding]]:
         """Encode what was found missing, unless another image or process has brought it meanwhile."""

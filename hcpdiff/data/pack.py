@@ -15,8 +15,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 FORMAT = 1
 _MAGIC = b"HCPPACK\n"
@@ -71,8 +74,8 @@ class PackFolder:
             if fresh:
                 self._table = self._table.with_packs(fresh)
 
-    def get(self, key: bytes, fits: Callable[[bytes], bool] = lambda payload: True) -> bytes | None:
-        """An entry's payload, from the newest pack that holds it whole and as it `fits`; None if there is none."""
+    def get(self, key: bytes, read: Callable[[bytes], T | None] = lambda payload: payload) -> T | None:
+        """What `read` makes of an entry's payload, from the newest pack that holds it whole and of which `read` makes anything; None if there is none."""
         while (place := self._table.find(key)) is not None:
             pack, record = place
             try:  # plain reads: a mapped file that is cut short under us would kill the process
@@ -81,11 +84,12 @@ class PackFolder:
                     payload = file.read(int(record["length"]))
             except OSError:
                 payload = b""
-            if len(payload) == record["length"] and payload_digest(payload) == bytes(record["digest"]) and fits(payload):
+            whole = len(payload) == record["length"] and payload_digest(payload) == bytes(record["digest"])
+            if whole and (entry := read(payload)) is not None:
                 self._used.add(pack)
                 if time.monotonic() - self._touched > TOUCH_SECONDS:
                     self.touch_used()
-                return payload
+                return entry
             with self._lock:  # damaged or foreign: from now on it counts as not there
                 self._table.forget(pack, record)
         return None
