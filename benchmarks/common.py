@@ -6,6 +6,7 @@ A figure is a list of ratios, one of each pair of measurements that were taken o
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import statistics
@@ -106,6 +107,11 @@ def timed(work: Callable[[], object], device: str = "cpu", each: int = 1) -> flo
         work()
     wait(device)
     return (time.perf_counter() - started) / each
+
+
+def steps_a_turn(step: Callable[[], object], device: str) -> int:
+    """How many steps are timed together, the device waited for at their ends only: one on a CPU, on a GPU about a second, at most ten."""
+    return 1 if device == "cpu" else min(10, math.ceil(1 / timed(step, device)))
 
 
 def wait(device: str) -> None:

@@ -65,8 +65,8 @@ def measure(args) -> tuple[list[float], list[float]]:
 
         def on_step_end(self, trainer):
             if self.loss is None:
-                batch = next(trainer.feed.batches(trainer.state.positions, 0, 1, trainer.state.step, 1))[2][0]
-                self.loss = bare_loss(trainer.loss.__self__, batch)
+                with contextlib.closing(trainer.feed.batches(trainer.state.positions, 0, 1, trainer.state.step, 1)) as feed:
+                    self.loss = bare_loss(trainer.loss.__self__, next(feed)[2][0])
             if trainer.state.step < WARM or (trainer.state.step - WARM) % args.block:
                 return
             trainer.settle()

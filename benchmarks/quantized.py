@@ -14,14 +14,14 @@ import statistics
 from contextlib import ExitStack
 from pathlib import Path
 
-from common import MIB, Figure, in_turn, parser, ratios, show
+from common import MIB, Figure, in_turn, parser, ratios, show, steps_a_turn
 
 from hcpdiff.quiet import quiet_libraries
 
 quiet_libraries()
 
 import torch
-from step import AGAIN, DTYPES, EACH, compile_blocks, make_batch, make_unet, repeat
+from step import AGAIN, DTYPES, compile_blocks, make_batch, make_unet, repeat
 from ways import WAYS, Batch
 
 from hcpdiff import device as machine
@@ -128,7 +128,7 @@ def distance(found: torch.Tensor, true: torch.Tensor) -> float:
 
 def steps(models: dict, memory: dict[str | None, float], batch: Batch, args: argparse.Namespace) -> tuple[dict[str | None, list[float]], dict[str | None, float]]:
     """Seconds of steps on the quantized and on the dense UNet, in turn; on a GPU the MiB at their peak, as if the other models were not there."""
-    batch.compiled, each = args.compile, 1 if args.device == "cpu" else EACH
+    batch.compiled = args.compile
     with ExitStack() as stack:
         ways, own = {}, {}
         for code, unet in models.items():
@@ -138,7 +138,7 @@ def steps(models: dict, memory: dict[str | None, float], batch: Batch, args: arg
             ways[code] = stack.enter_context(WAYS["ours"](unet, batch, 8))
             ways[code]()
             own[code] = memory[code] + held(args.device) - before
-        seconds = in_turn(ways, args.rounds, args.device, each=each)
+        seconds = in_turn(ways, args.rounds, args.device, each=steps_a_turn(ways[None], args.device))
         peaks = {code: own[code] + peak_of(way) for code, way in ways.items()} if args.device != "cpu" else {}
     assert all(any(isinstance(parameter, Quantized) for parameter in models[code].parameters()) for code in CODES)
     return seconds, peaks

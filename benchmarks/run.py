@@ -36,17 +36,18 @@ CPU = {
     "data": ["data_scale.py --images 25000 100000", "data_scale.py --simulate", "data_scale.py --simulate --first --images 100000 1000000"],
     "quantized": ["quantized.py --pixels 256 --rounds 3", "quantized.py --model demo/model --pixels 64"],
 }
-HALF = "step.py --dtype bf16 --rounds 7"
+HALF = "step.py --dtype bf16 --rounds 5"
 SD1, SDXL = f"{HALF} --family sd1 --pixels 512", f"{HALF} --family sdxl --pixels 1024"
 PLAIN, ALL = "--ways floor loop loop-plain ours", "--ways floor loop loop-plain example hooks ours"
 CUDA = {  # compiling takes minutes for each way, so only three are compiled
     "step": [f"{SD1} --batch 1 {ALL}", f"{SD1} --batch 1 --compile --ways floor loop ours", f"{SD1} --batch 8 {PLAIN} hooks", f"{SDXL} --batch 1 {PLAIN} hooks"],
     "loop": ["loop.py --pixels 512 --rounds 7 --block 20", "loop.py --pixels 512 --rounds 7 --block 20 --compile", "loop.py --tiny --pixels 64 --rounds 7 --block 60"],
     "quantized": [f"quantized.py --dtype bf16 --rounds 5 {sizes}" for sizes in ("--family sdxl --pixels 1024 --batch 1", "--family sdxl --pixels 1024 --batch 8 --checkpointing",
-                  "--family sd1 --pixels 512 --batch 1", "--family sd1 --pixels 512 --batch 8", "--family sd1 --pixels 512 --batch 1 --compile")],
+                  "--family sd1 --pixels 512 --batch 1", "--family sd1 --pixels 512 --batch 8")],
+    "memory": ["memory.py --pixels 512 --dtype bf16", "memory.py --pixels 512 --dtype bf16 --batch 8"],
     "more": [f"{SDXL} --batch 8 --checkpointing {PLAIN}", f"{SDXL} --batch 1 --compile --ways floor loop ours", f"{SD1} --batch 8 --checkpointing {PLAIN}",
-             f"{SDXL} --batch 1 --checkpointing {PLAIN}", f"{SD1} --batch 8 --compile --ways floor loop ours"],
-    "drawing": [f"drawing.py --dtype {dtype} --pixels 512 --steps 10 --pictures 4 --rounds 3 --batch {batch}" for dtype in ("fp16", "fp32") for batch in (1, 4)],
+             f"{SDXL} --batch 1 --checkpointing {PLAIN}"],
+    "drawing": [f"drawing.py --pixels 512 --steps 10 --pictures 4 --rounds 3 {more}" for more in ("--dtype fp16 --batch 1", "--dtype fp16 --batch 4", "--dtype fp32 --batch 4")],
     "caching": ["caching.py --pixels 512 --images 96 --rounds 3"],
 }
 

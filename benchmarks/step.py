@@ -6,7 +6,7 @@
 
 Weights are random: speed and memory do not depend on them. Every way has a copy of the UNet that shares the weights, and all are there from the beginning;
 after steps that do not count, every way takes a turn in each round, and a ratio is of two turns of one round. A turn is a step on a CPU, and on a GPU the mean
-of ten that are waited for together. With --compile every way has the UNet's blocks compiled, as model.compile has them, and ours without is beside them; with
+of up to ten that are waited for together. With --compile every way has the UNet's blocks compiled, as model.compile has them, and ours without is beside them; with
 --checkpointing every way keeps little and does the forward pass twice, and ours that keeps all is beside them. A way that does not fit into a GPU's memory is
 told as that. `example` is for families with one text encoder.
 """
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType
 
-from common import MIB, ROOT, Figure, parser, ratios, show, timed, turned
+from common import MIB, ROOT, Figure, parser, ratios, show, steps_a_turn, timed, turned
 
 from hcpdiff.quiet import quiet_libraries
 
@@ -38,7 +38,7 @@ from hcpdiff.families.sd import StableDiffusion
 from hcpdiff.train.compiled import compile_regions
 
 EAGER, KEPT = "ours uncompiled", "ours without checkpointing"
-WARM, AGAIN, EACH = 4, 2, 10  # on a GPU: steps before the first turn, before each turn, in a turn
+WARM, AGAIN = 4, 2  # steps on a GPU that do not count, before the first turn and before each
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONFIGS = ROOT / "hcpdiff" / "assets" / "base_models"
 
@@ -145,7 +145,7 @@ def repeat(step: Step, count: int) -> None:
         step()
 
 
-def turn(way: Way, args: argparse.Namespace) -> None:
+def turn(way: Way, each: int, args: argparse.Namespace) -> None:
     """Notes the seconds of a step, and the peak of memory on a GPU."""
     if args.device == "cpu":
         way.seconds.append(timed(way.step))
@@ -153,7 +153,7 @@ def turn(way: Way, args: argparse.Namespace) -> None:
     repeat(way.step, AGAIN)
     torch.cuda.reset_peak_memory_stats()
     before = held(args.device)
-    way.seconds.append(timed(way.step, args.device, EACH))
+    way.seconds.append(timed(way.step, args.device, each))
     way.peaks.append(torch.cuda.max_memory_allocated() - before + way.own)
 
 
@@ -175,9 +175,10 @@ def measure(args: argparse.Namespace) -> dict[str, Way]:
     for way in ways.values():
         if_it_fits(way, begin, unet, batch, args)
     same_work(ways, args)
+    each = next((steps_a_turn(way.step, args.device) for way in ways.values() if way.fits), 1)
     for number in range(args.rounds):
         for way in (ways[name] for name in turned(ways, number) if ways[name].fits):
-            if_it_fits(way, turn, args)
+            if_it_fits(way, turn, each, args)
         print(f"round {number + 1} of {args.rounds}: " + ", ".join(f"{way.name} {way.seconds[-1]:.3g} s" for way in ways.values() if way.fits), flush=True)
     return ways
 
