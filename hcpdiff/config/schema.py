@@ -71,8 +71,8 @@ class ModelConfig:
         "layer where they are used, which costs time. The LoRA stays fp32, and its files are for the plain model. null: off.",
         "以更少的位数保存被冻结的去噪网络权重：int8 占 bf16 显存的 0.53，nf4 占 0.44（SD1.5）或 0.31（SDXL），但误差更大。使用时逐层还原，因此稍慢。LoRA 仍为 fp32，保存的文件用于原始底模。null 为关闭。")
     compile: bool = key(False, "Compile the model's repeated blocks (torch.compile), for long runs on a GPU: where all batches have one size, for this size, else for any. The first step is slow. "
-                        "Resuming is exact but for rounding. Needs a C++ compiler, on a GPU triton.",
-                        "用 torch.compile 编译模型中重复的模块，适合 GPU 上的长时间训练：所有批次尺寸相同时只为该尺寸编译，否则编译为适用于任意尺寸。第一步较慢；继续训练的结果只在舍入上可能不同。CPU 需要 C++ 编译器，GPU 需要 triton。")
+                        "Resuming is exact but for rounding. Needs a C++ compiler on a CPU, triton and a C compiler on a GPU.",
+                        "用 torch.compile 编译模型中重复的模块，适合 GPU 上的长时间训练：所有批次尺寸相同时只为该尺寸编译，否则编译为适用于任意尺寸。第一步较慢；继续训练的结果只在舍入上可能不同。CPU 需要 C++ 编译器，GPU 需要 triton 和 C 编译器。")
     attention: Literal["auto", "sdpa", "xformers", "eager"] = key(
         "auto", "Attention kernel. auto: torch's scaled_dot_product_attention.", "注意力实现。auto 为 torch 的 SDPA。")
     prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = key(
