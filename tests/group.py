@@ -18,8 +18,11 @@ from pathlib import Path
 import scenarios
 import torch.distributed as dist
 from accelerate import PartialState
+from one_tokenizer import one_tokenizer
+from transformers import CLIPTokenizer
 
 from hcpdiff import cli
+from hcpdiff.families.place import open_place
 from hcpdiff.train import peers, signals
 
 LIMIT = 120.0  # seconds that a scenario may take
@@ -83,6 +86,15 @@ def run(name: str, folder: Path) -> None:
     (folder / "codes.json").write_text(json.dumps(codes))
 
 
+def main(folder: Path, names: list[str]) -> None:
+    """The scenarios, one after the other; their processes find the models' tokenizers read."""
+    with one_tokenizer():
+        for model in ("GROUP_MODEL", "GROUP_SDXL"):
+            for place in sorted(Path(os.environ[model]).glob("tokenizer*")) if model in os.environ else ():
+                open_place(place.parent).tokenizer(CLIPTokenizer, place.name)
+        for name in names:
+            run(name, folder / name)
+
+
 if __name__ == "__main__":
-    for name in sys.argv[2:] or scenarios.ALL:
-        run(name, Path(sys.argv[1]) / name)
+    main(Path(sys.argv[1]), sys.argv[2:] or list(scenarios.ALL))

@@ -203,12 +203,12 @@ data:
 """
 
 
-def whole(*words, main=None):
-    """A run of train_ac on the model and images that the environment names (GROUP_MODEL, GROUP_IMAGES)."""
+def whole(*words, main=None, model="GROUP_MODEL"):
+    """A run of train_ac on the model and images that the environment names (GROUP_MODEL or GROUP_SDXL, GROUP_IMAGES)."""
     def work(rank):
         from hcpdiff import train_ac
 
-        Path("cfg.yaml").write_text(CONFIG.format(model=os.environ["GROUP_MODEL"], images=os.environ["GROUP_IMAGES"]), encoding="utf-8")
+        Path("cfg.yaml").write_text(CONFIG.format(model=os.environ[model], images=os.environ["GROUP_IMAGES"]), encoding="utf-8")
         args = SimpleNamespace(cfg="cfg.yaml", overrides=["exp_dir=run", *words], allow_target=[])
         return main(args) if main else train_ac.train(args, None)
     return work
@@ -239,6 +239,8 @@ ALL = {
     "one": (1, whole("train.gradient_accumulation_steps=2"), None),
     "parts": (2, whole("train.train_steps=3"), None),
     "resumed": (2, whole("train.resume=../parts/run"), None),
+    "sdxl_one": (1, whole("train.gradient_accumulation_steps=2", model="GROUP_SDXL"), None),
+    "sdxl_two": (2, whole(model="GROUP_SDXL"), None),
     "alone": (2, alone, None),
     "stuck": (2, lambda rank: member(rank, stuck), twice),
 }

@@ -45,14 +45,14 @@ class Ended:
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory, tiny_sd1):
+def ended(tmp_path_factory, tiny_sd1, tiny_sdxl):
     folder, images = tmp_path_factory.mktemp("groups"), tmp_path_factory.mktemp("images")
     for i in range(7):
         Image.effect_noise((100, 60) if i % 3 else (64, 80), 20 * i + 10).save(images / f"{i}.png")
         (images / f"{i}.txt").write_text(f"red, blue, number {i}", encoding="utf-8")
     here = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1",
-                   "GROUP_MODEL": str(tiny_sd1), "GROUP_IMAGES": str(images)}
+                   "GROUP_MODEL": str(tiny_sd1), "GROUP_SDXL": str(tiny_sdxl), "GROUP_IMAGES": str(images)}
     done = subprocess.run([sys.executable, str(here / "group.py"), str(folder)], capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return lambda name: Ended(folder / name)
@@ -117,6 +117,16 @@ def test_two_processes_stopped_and_resumed_train_what_one_does_with_accumulation
         assert a.keys() == b.keys() and max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-4, stem
         assert all(torch.isfinite(b[key]).all() for key in b)
     assert not parts.said[1] and not resumed.said[1] and sorted(path.name for path in (parts.folder / "run" / "states").iterdir()) == ["3", "5"]  # rank 0 speaks and writes
+
+
+def test_two_processes_of_sdxl_train_what_one_does_with_accumulation(ended):
+    one, two = ended("sdxl_one"), ended("sdxl_two")
+    assert one.codes == [0] and two.codes == [0, 0], (one.said, two.said)
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        a, b = (load_file(group.folder / "run" / "ckpts" / f"{part}-5.safetensors") for group in (one, two))
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-6)
 
 
 def test_the_one_device_command_under_two_trains_alone_and_says_so(ended):

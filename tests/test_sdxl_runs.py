@@ -1,11 +1,6 @@
-"""SDXL in whole: runs that are stopped and gone on with, two processes, pictures against diffusers."""
+"""SDXL in whole: runs that are stopped and gone on with, pictures against diffusers."""
 
 import copy
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,20 +38,6 @@ def test_a_stopped_run_of_all_three_parts_ends_in_the_same_bits(place, monkeypat
 
 def test_a_stopped_run_with_frozen_text_and_previews_ends_in_the_same_bits(place, monkeypatch):
     compare(place, monkeypatch, overrides({**WORKERS, "trained": "unet", "latents": "memory", "accumulation": 1, "precision": "bf16", "previews": True}), (4,))
-
-
-def test_two_processes_do_what_one_does_with_accumulation_2(tmp_path, tiny_sdxl):
-    images(tmp_path / "images", 7, ((100, 60), (64, 80)))
-    here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1",
-                   "GROUP_MODEL": str(tiny_sdxl), "GROUP_IMAGES": str(tmp_path / "images")}
-    done = subprocess.run([sys.executable, str(here / "group.py"), str(tmp_path), "one", "parts", "resumed"], capture_output=True, text=True, timeout=600, env=environment)
-    assert done.returncode == 0 and [json.loads((tmp_path / name / "codes.json").read_text()) for name in ("one", "parts", "resumed")] == [[0], [0, 0], [0, 0]], done.stderr[-2000:]
-    for part in ("unet", "text_encoder", "text_encoder_2"):
-        one, two = (load_file(tmp_path / name / "run" / "ckpts" / f"{part}-5.safetensors") for name in ("one", "parts"))
-        assert one.keys() == two.keys()
-        for key in one:
-            torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
