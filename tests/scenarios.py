@@ -10,7 +10,7 @@ import diffusers  # noqa: F401
 import torch
 from torch import nn
 
-from hcpdiff.errors import CheckpointError, ConfigError, DataError
+from hcpdiff.errors import CheckpointError, ConfigError, DataError, HCPError
 from hcpdiff.train import run, signals  # noqa: F401
 from hcpdiff.train.previews import PreviewHook
 from hcpdiff.train.optim import Gradients, optimizer_groups
@@ -231,7 +231,7 @@ ALL = {
     "nan": (3, lambda rank: member(rank, lambda rank, batch: float("nan") if rank == 1 and batch.value > 4 else None), None),
     "saving": (3, lambda rank: member(rank, hooks=[saving_fails]), None),
     "killed": (3, lambda rank: member(rank, at(1, 3, kill_self)), None),
-    "drawing": (2, lambda rank: member(rank, hooks=[previews(only(1, OUT_OF_MEMORY))]), None),
+    "drawing": (2, lambda rank: member(rank, hooks=[previews(only(1, throw(HCPError("no memory"))))]), None),
     "drawing_bug": (2, lambda rank: member(rank, hooks=[previews(only(1, lambda: 1 / 0))]), None),
     "encoding": (2, lambda rank: member(rank, before=encoding_fails), None),
     "sigterm_one": (3, lambda rank: member(rank, slowly, steps=300), send([signal.SIGTERM], to=[1])),
