@@ -45,7 +45,7 @@ def everything(run, lora, x):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("name", ["linear", "conv 1x1", "conv 3x3 stride 2", "conv reflect padding"])
+@pytest.mark.parametrize("name", LAYERS)
 def test_a_compiled_layer_is_the_layer(name, dropout):
     layer, lora, x = adapted(name, dropout=dropout)
     for ours, eager in zip(everything(torch.compile(layer.forward, backend="aot_eager", fullgraph=True), lora, x), everything(layer, lora, x)):
@@ -196,6 +196,18 @@ def test_a_compiled_run_writes_what_an_uncompiled_one_writes(train, monkeypatch)
     monkeypatch.setattr(machine, "check_compiler", lambda device, key: None)
     monkeypatch.setattr(StableDiffusion, "blocks", frozenset({"CLIPEncoderLayer"}))
     compare_runs(train)
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_a_run_compiles_every_block_that_gradients_go_through(train, monkeypatch, text):
+    asked = []
+    monkeypatch.setattr(machine, "check_compiler", lambda device, key: None)
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **how: asked.append((module, how["fullgraph"], how["dynamic"])))
+    run, _ = train("run", "model.compile=true", *([] if text else ["lora_text_encoder=[]"]))
+    blocks = [module for part in (["unet", "text_encoder"] if text else ["unet"]) for module in run.models.modules[part].modules()
+              if type(module).__name__ in ("BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer")]
+    assert {id(module) for module, *_ in asked} == {id(block) for block in blocks} and len(asked) == len(blocks) > 30
+    assert {(full, dynamic) for _, full, dynamic in asked} == {(True, False)}  # all pictures of one size
 
 
 @pytest.mark.long
