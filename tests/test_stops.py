@@ -107,7 +107,7 @@ def test_a_run_whose_shell_or_script_ends_goes_on(place):
 
 @pytest.mark.parametrize("ignored, code", [(False, 128 + signal.SIGHUP), (True, 0)], ids=["closed", "nohup"])
 def test_a_closed_terminal_is_a_wish_to_stop_unless_nohup_was_used(place, ignored, code):
-    process = start(place, sys.executable, "trainer.py", stdout=subprocess.PIPE, preexec_fn=(lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignored else None)
+    process = start(place, sys.executable, "trainer.py", stdout=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL))
     assert appears(place / "started")
     process.stdout.close()  # nobody reads what it says any more
     process.send_signal(signal.SIGHUP)
