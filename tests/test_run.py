@@ -18,6 +18,7 @@ from hcpdiff import device as machine
 from hcpdiff.config.load import load
 from hcpdiff.config.schema import RunConfig
 from hcpdiff.errors import ConfigError, HCPError, NonFiniteError
+from hcpdiff.train.memory import less_memory
 from hcpdiff.train.parallel import Parallel
 from hcpdiff.train.run import Run
 from hcpdiff.train.trainer import Hook, Trainer
@@ -100,15 +101,35 @@ def test_a_preview_that_fails_does_not_end_the_run(train, monkeypatch):
     assert all(key in line for key in ("preview.bs = 1", "preview.width = 64", "preview.height = 64"))
 
 
-@pytest.mark.parametrize("where,what", [("posterior", "while encoding latents"), ("denoise", "in a training step of 1 images of 64x64")])
-def test_out_of_memory_says_in_which_phase_and_what_to_change(train, monkeypatch, where, what):
+@pytest.mark.parametrize("where,what,lower", [("posterior", "while encoding latents", {"bucket"}),
+                                              ("denoise", "in a training step of 1 image of 64x64", {"bucket", "checkpointing", "batch_size", "quantize"})])
+def test_out_of_memory_says_in_which_phase_and_what_to_change(train, monkeypatch, where, what, lower):
     def fail(*args):
         raise torch.OutOfMemoryError("no memory")
 
+    ways = {"bucket": "data.one.bucket.target_area 16384 -> 4096 (64x64)", "checkpointing": "model.gradient_checkpointing: true", "quantize": "model.quantize null -> int8",
+            "batch_size": "data.one.batch_size 2 -> 1 with train.gradient_accumulation_steps 3 -> 6"}
     monkeypatch.setattr(f"hcpdiff.families.sd.StableDiffusion.{where}", fail)
     with pytest.raises(HCPError, match=f"out of memory {what}") as caught:
-        train()
-    assert all(key in str(caught.value) for key in ("batch_size", "bucket.target_area", "model.gradient_checkpointing", "model.quantize"))
+        train("train.gradient_accumulation_steps=3", "data.one.bucket.target_area=16384", "data.one.bucket.sizes=[[64, 64]]")
+    assert "data.one.bucket.sizes: smaller ones" in str(caught.value)
+    with pytest.raises(HCPError, match=f"out of memory {what.split(' of ')[0]}") as caught:
+        train("train.gradient_accumulation_steps=3", "data.one.bucket.target_area=16384")
+    assert {name for name, way in ways.items() if way in str(caught.value)} == lower
+
+
+def test_out_of_memory_names_no_key_that_is_set_already():
+    """The order is that of the guide; images of a step are kept where batch sizes have a common factor."""
+    def told(*changes):
+        return less_memory(load("cfgs/train/examples/lora_conventional.yaml", ["data={one: {source: {a: {img_root: cfgs}}}}", *changes], RunConfig).config)
+
+    size = "data.one.batch_size"
+    assert told(f"{size}=1", "model.quantize=nf4").endswith("To try, in this order: data.one.bucket.target_area 262144 -> 147456 (384x384).")
+    assert "gradient_checkpointing" not in told() and "int8 -> nf4" in told("model.quantize=int8") and "train.resume_force" not in told()
+    assert f"{size} 9 -> 3 with train.gradient_accumulation_steps 1 -> 3" in told(f"{size}=9")
+    assert "No key is left" in told(f"{size}=1", "model.quantize=nf4", "data.one.bucket.target_area=4096")
+    both = told("data.one.cache_latents=none", "mixed_precision=fp32")
+    assert both.index("data.one.cache_latents none -> memory") < both.index("mixed_precision fp32 -> auto") < both.index("model.quantize null -> int8")
 
 
 @pytest.mark.parametrize("key", ["train.noise_offset=0.5", "train.loss.min_snr_gamma=0.5", "train.loss.type=l1", "model.prediction_type=v_prediction", "model.clip_skip=1",

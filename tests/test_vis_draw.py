@@ -102,6 +102,18 @@ def test_picture_without_lora_is_diffusers_own(ours, plain_picture):
     assert np.abs(ours()[0] - plain_picture).max() <= 1
 
 
+def test_out_of_memory_names_what_is_not_set_yet_in_the_order_to_try(ours, monkeypatch):
+    def fail(*args, **keys):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(pipeline, "sample", fail)
+    with pytest.raises(ConfigError, match="out of memory.*CUDA out of memory. Tried to allocate 2 GiB.*offload=true.*tiling=true.*offload=sequential.*width") as caught:
+        ours()
+    assert "bs=1" not in str(caught.value) and "dtype" not in str(caught.value)
+    told = run.less_memory(InferConfig(pretrained_model="a", bs=2, dtype="fp32", offload="sequential", vae_optimize=VaeOptimize(tiling=True)))
+    assert told.endswith("order: bs=1; dtype=auto; vae_optimize.slicing=true; smaller infer_args.width and infer_args.height.")
+
+
 def test_v_prediction_model_is_drawn_as_diffusers_does(ours, tiny_sd2):
     from diffusers import StableDiffusionPipeline
 

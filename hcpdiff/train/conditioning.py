@@ -32,10 +32,11 @@ class FrozenText(Hook):
     """Conditioning that was encoded ahead and is kept on the CPU: the prompts of the coming steps, as many as `held` bytes hold. Often that is the whole run's, and the text
     encoders can be let go (`whole`); else the steps after them come when the first of these asks, and between such times the encoders wait on the CPU."""
 
-    def __init__(self, encode: Encoder, data: TrainData, device: torch.device, held: int = HELD, share: tuple[int, int] = (0, 1), say: Callable[[str], None] = lambda line: None):
-        """share: (rank, world); the other ranks' prompts are encoded by them."""
+    def __init__(self, encode: Encoder, data: TrainData, device: torch.device, held: int = HELD, share: tuple[int, int] = (0, 1), say: Callable[[str], None] = lambda line: None,
+                 less_memory: str = ""):
+        """share: (rank, world); the other ranks' prompts are encoded by them. less_memory: what to try where they find no room."""
         self.encode, self.data, self.device, self.held, self.whole = encode, data, device, held, False
-        self.share, self.say = share, say
+        self.share, self.say, self.less_memory = share, say, less_memory
         self.batch = 1 if device.type == "cpu" else 16
         self.cache, self.trainer = TextCache(self._items, self.batch), None
 
@@ -78,8 +79,8 @@ class FrozenText(Hook):
             return self.ahead(*coming)
         except torch.OutOfMemoryError:  # left before going on: the error holds what was on the device
             pass
-        self.say(f"warning: {self.device} has no room left for the text encoders, which encode the prompts of the coming steps: they do so on the CPU, which takes longer. Other "
-                 f"programs on the device, data.<dataset>.batch_size, bucket.target_area, model.gradient_checkpointing and model.quantize decide how much is left.")
+        self.say(f"warning: {self.device} has no room left for the text encoders, which encode the prompts of the coming steps: they do so on the CPU, which takes longer. "
+                 f"{self.less_memory}")
         return self.ahead(*coming, device=torch.device("cpu"))
 
     def on_epoch_begin(self, trainer, epoch: int) -> None:

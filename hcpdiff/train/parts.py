@@ -14,6 +14,7 @@ from ..loss import make_loss
 from ..trainables.lora import LoraTrainable, ParamGroup
 from .base import BaseModel
 from .conditioning import Encoder, FrozenText
+from .memory import less_memory
 from .optim import Gradients, lr_factor, optimizer_groups, simulated_factor, with_fused
 from .parallel import Parallel
 from .step import DenoisingStep
@@ -34,7 +35,7 @@ def make_step(base: BaseModel, cfg: RunConfig, data: TrainData, frozen: bool, pa
               say: Callable[[str], None]) -> tuple[DenoisingStep, FrozenText | None]:
     """The step, and the hook that encodes prompts ahead where the text encoder is frozen; `say` is for what a user should know of that."""
     encode, loss = Encoder(base.models, cfg.model.tokenizer_repeats, cfg.model.clip_skip), cfg.train.loss
-    text = FrozenText(encode, data, parallel.device, share=(parallel.rank, parallel.world), say=say) if frozen else None
+    text = FrozenText(encode, data, parallel.device, share=(parallel.rank, parallel.world), say=say, less_memory=less_memory(cfg)) if frozen else None
     step = DenoisingStep(base.models, base.objective(cfg.train), make_loss(loss.type, loss.delta), text or encode, parallel.device, dtype, cfg.train.noise_offset, loss.min_snr_gamma)
     return step, text
 

@@ -27,6 +27,7 @@ from .export_facts import export_facts
 from .hooks import LogHook
 from .init import check_places, start_from_files
 from .latents import Telling, cache_latents
+from .memory import less_memory
 from .parallel import Parallel
 from .parts import learns_text, make_gradients, make_lr_factor, make_optimizer, make_shadow, make_step
 from .place import RunPlace
@@ -78,8 +79,7 @@ class Run:
                 finished = trainer.fit(self.stop)
             self._say_the_end(finished, trainer.state.step)
         except torch.OutOfMemoryError as error:
-            raise HCPError(f"out of memory while {self.phase}. Other programs on the device, data.<dataset>.batch_size, bucket.target_area, "
-                           f"model.gradient_checkpointing, model.quantize and, where previews are drawn, preview.bs decide how much is needed.") from error
+            raise HCPError(f"out of memory while {self.phase}. {less_memory(self.cfg, self.phase)}") from error
         except RuntimeError as error:
             lost = compile_failed(error)
             if lost is None:
@@ -198,7 +198,7 @@ class Run:
             feed=self.data, loss=step.losses, gradients=make_gradients(groups, self.cfg, self.parallel), optimizer=make_optimizer(groups, self.cfg, self.parallel.world, self.allow),
             lr_factor=make_lr_factor(train, self.total_steps, self.allow), parallel=self.parallel, hooks=[self.text] if self.text else [], total_steps=self.total_steps,
             max_grad_norm=train.max_grad_norm, max_nonfinite=train.max_nonfinite, fp16=self.dtype == torch.float16,
-            shadow=make_shadow(self.trainables, self.cfg, self.dtype))
+            shadow=make_shadow(self.trainables, self.cfg, self.dtype), less_memory=less_memory(self.cfg))
         trainer.state.positions = self.data.plan.start_of(0)
         if self.place.resumed:
             self._go_on(trainer)

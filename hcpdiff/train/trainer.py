@@ -73,14 +73,15 @@ class Trainer:
 
     loss: batch -> the samples' weighted losses (B,), or their sum. `lag`: whether the host learns a step's numbers only after the next one's backward
     pass has been asked for (None: where the device works ahead of the host), so that it never waits for a device that has nothing else to do. shadow: copies
-    of the weights that stand in for them in the forward and backward passes of a step, which end before the optimizer changes anything.
+    of the weights that stand in for them in the forward and backward passes of a step, which end before the optimizer changes anything. less_memory: what to
+    try where a micro-batch does not fit.
     """
 
     def __init__(self, *, feed: Feed, loss: Callable[[Any], Tensor], gradients: Gradients, optimizer: torch.optim.Optimizer, lr_factor: Callable[[int], float],
                  parallel: Parallel, hooks: Sequence[Hook], total_steps: int, max_grad_norm: float | None, max_nonfinite: int, fp16: bool, lag: bool | None = None,
-                 shadow: Shadow | None = None):
+                 shadow: Shadow | None = None, less_memory: str = ""):
         self.feed, self.loss, self.gradients, self.optimizer, self.lr_factor = feed, loss, gradients, optimizer, lr_factor
-        self.parallel, self.hooks, self.total_steps, self.shadow = parallel, list(hooks), total_steps, shadow
+        self.parallel, self.hooks, self.total_steps, self.shadow, self.less_memory = parallel, list(hooks), total_steps, shadow, less_memory
         self.max_grad_norm, self.max_nonfinite = max_grad_norm, max_nonfinite
         device = gradients.flat.device
         self.lag = device.type in LAGGING if lag is None else lag
@@ -154,7 +155,7 @@ class Trainer:
             loss = losses.sum()
             self.loss_scale.scaled(loss).backward()
         except torch.OutOfMemoryError as error:
-            raise HCPError(out_of_memory(batch)) from error
+            raise HCPError(f"out of memory in a training step of {size_of(batch)}. {self.less_memory}") from error
         self.gradients.loss += loss.detach()
         self.watch.note(index, losses)
 
@@ -218,8 +219,7 @@ class Trainer:
         return skips
 
 
-def out_of_memory(batch) -> str:
-    """What to say when a micro-batch does not fit."""
-    height, width = batch.target_size[0].tolist()
-    return (f"out of memory in a training step of {len(batch.prompts)} images of {width}x{height}. Lower data.<dataset>.batch_size (and raise "
-            f"train.gradient_accumulation_steps to keep the global batch), set model.gradient_checkpointing: true, lower bucket.target_area, or set model.quantize: int8.")
+def size_of(batch) -> str:
+    """A micro-batch's number and size of images, in words."""
+    (height, width), count = batch.target_size[0].tolist(), len(batch.prompts)
+    return f"{count} image{'s' if count > 1 else ''} of {width}x{height}"

@@ -68,8 +68,16 @@ def run(request: Request, allow: Sequence[str] = (), say: Callable[[str], None] 
     try:
         return draw(request, prepare(request, allow, say), say)
     except torch.OutOfMemoryError as error:
-        raise ConfigError(f"the device ran out of memory: {str(error).splitlines()[0]} Try bs=1, a smaller width and height, offload=true, "
-                          f"vae_optimize.tiling=true or dtype=fp16.") from error
+        raise ConfigError(f"out of memory: {(str(error).splitlines() or ['?'])[0]} {less_memory(request.cfg)}") from error
+
+
+def less_memory(cfg: InferConfig) -> str:
+    """What to try where the device has no room, in this order; what is set already is not among it."""
+    slicing, tiling = cfg.vae_optimize.slicing, cfg.vae_optimize.tiling
+    ways = [("bs=1", cfg.bs > 1), ("dtype=auto", cfg.dtype == "fp32"), ("offload=true (whole parts wait in main memory)", not cfg.offload), ("vae_optimize.tiling=true", not tiling),
+            ("vae_optimize.slicing=true", cfg.bs > 1 and not slicing), ("offload=sequential (layer by layer: least memory, slow)", cfg.offload != "sequential"),
+            ("smaller infer_args.width and infer_args.height", True)]
+    return f"Close other programs that use the device. To try, in this order: {'; '.join(way for way, helps in ways if helps)}."
 
 
 def prepare(request: Request, allow: Sequence[str], say: Callable[[str], None]) -> Studio:
