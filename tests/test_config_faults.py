@@ -1,9 +1,13 @@
 """What is wrong with a config is told at once, all of it, with the nearest key that is right."""
 
+import re
+
 import pytest
 from config_help import SMALL, faults, small, write
 
 from hcpdiff.config.load import load
+from hcpdiff.config.places import OTHER_NAMES, elsewhere
+from hcpdiff.config.schema import RunConfig
 from hcpdiff.errors import ConfigError
 
 
@@ -32,13 +36,28 @@ def test_all_faults_come_in_one_message(tmp_path):
     ("data.dataset1.bucket.sizes=[[512, 512], [64]]", "sizes[1] = [64]"), ("data.dataset1.source.source1.bg_color=[0, 0, 300]", "from 0 to 255"),
     ("train.optimizer={weight_decay: 1}", ""), ("model.noise_scheduler={beta_start: 1}", "needs a _target_"), ("data.dataset1.cache_latents=maybe", "one of memory, disk, none"),
     ("unet_lr=fast", "lora_unet[0].lr = 'fast'"), ("_base_=x.yaml", "cannot be set on the command line"), ("lora_unet.a=1", "is a list"), ("seed.x=1", "is a map; a whole number"), ("unet_lr.x=1", "not a map or list"),
-    ("lora_text_encoder.0.lr=1", "has no elements"), ("+seed=1", "no + ~ or -"), ("se ed=1", "is no key"), ("preview.prompts=[a", "is no YAML"), ("train_steps=5", "It belongs below: train.train_steps"),
+    ("lora_text_encoder.0.lr=1", "has no elements"), ("+seed=1", "no + ~ or -"), ("se ed=1", "is no key"), ("preview.prompts=[a", "is no YAML"), ("train_steps=5", "It is at: train.train_steps"),
     ("train.optimzer={}", "Nearest: optimizer"), ("model.enable_xformers=true", "was removed; use model.attention: xformers"), ("interface=[]", "was removed; use preview"),
     ("seed=99999999999999999999999", "a whole number"), ("seed=-1", "at least 0"), ("exp_dir=", "is empty: name a path"), ("model.vae=", "is empty: name one or write null"),
+    ("preview.width=100", "preview.width = 100 (command line) must be a multiple of 8: 96 or 104"), ("preview.height=4", "must be at least 8"), ("preview.width=96", ""),
+    ("model.quantize=int4", "one of int8, nf4 or null is expected. Nearest: nf4"), ("model.quantize=INT8", "Nearest: int8"), ("model.quantize=8bit", "Nearest: int8"),
+    ("model.quantize=true", "'true' (command line) is not allowed; one of int8, nf4 or null is expected. Nearest: int8"), ("mixed_precision=float16", "Nearest: fp16"),
+    ("train.batch_size=2", "is not a known key. It is at: data.<name>.batch_size"), ("train.mixed_precision=fp16", "It is at: mixed_precision"), ("batch_size=2", "It is at: data.<name>.batch_size"),
+    ("network_dim=8", "It is at: lora_unet[0].rank"), ("train.network_alpha=8", "It is at: lora_unet[0].alpha"), ("train.learning_rate=1e-4", "It is at: lora_unet[0].lr"),
+    ("train.max_train_steps=8", "It is at: train.train_steps"), ("data.dataset1.resolution=512", "It is at: data.<name>.bucket.target_area"), ("lr=1", "It is at: lora_unet[0].lr, lora_text_encoder[0].lr"),
+    ("data.dataset1.source.source1.repeats=2", ""),
 ])
 def test_each_kind_of_fault_says_what_is_expected(tmp_path, override, says):
     found = faults(tmp_path, override)
     assert (says in " ".join(found) and len(found) == 1) if says else found == []
+
+
+def test_other_trainers_names_lead_to_keys_that_are_there():
+    """Each place of the table is one of the schema; none of the names is a key itself, which would be told of first."""
+    for name, place in OTHER_NAMES.items():
+        leaf = re.split(r"[ :]", place)[0].removesuffix("._target_")
+        assert elsewhere(RunConfig, leaf.rsplit(".", 1)[-1]).count(leaf) == 1, (name, place)
+        assert elsewhere(RunConfig, name) == f". It is at: {place}"
 
 
 @pytest.mark.parametrize("text, says", [

@@ -10,10 +10,11 @@ REQUIRED = dataclasses.MISSING
 class Key:
     """What a schema field says beyond its annotation.
 
-    ge / gt / le / lt bound numbers; `choices` lists the allowed values; `slot` names what a `_target_` mapping in this place must
+    ge / gt / le / lt bound numbers; `multiple` is what a number must be a multiple of; `choices` lists the allowed values; `slot` names what a `_target_` mapping in this place must
     build (see `config.build`); `path` marks text that names a file or folder, `exists` that it must be there: 'file', 'folder', 'either', 'model' (a
     folder or hub id), 'carried' (a file in one of the three places of `config.read.places`); `words` are texts that name no path; `yaml` is the key's spelling in YAML where Python
-    cannot spell it (`_target_`); `aliases` are other spellings that mean the same.
+    cannot spell it (`_target_`); `aliases` are other spellings that mean the same, `meant` pairs of
+    a value that is not allowed (in small letters) and the allowed one that it may mean.
     """
 
     doc: str
@@ -24,12 +25,20 @@ class Key:
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
+    multiple: int | None = None
     slot: str | None = None
     path: bool = False
     exists: str | None = None
     words: tuple[str, ...] = ()
     yaml: str | None = None
     aliases: tuple[str, ...] = ()
+    meant: tuple[tuple[str, str], ...] = ()
+
+
+def not_multiple(value: float, step: int) -> str:
+    """Why a number is no multiple of `step`, with the nearest that are; '' when it is one."""
+    low = int(value // step * step)
+    return f"must be a multiple of {step}: {f'{low} or ' if low else ''}{low + step}" if value % step else ""
 
 
 def key(default: Any = REQUIRED, doc: str = "", zh: str = "", **extra) -> Any:

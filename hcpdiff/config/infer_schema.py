@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from .field import key
-from .schema import MOST_SIDE
+from .field import key, not_multiple
+from .schema import MOST_SIDE, PIXELS
 
 # Keys of the ancestor and of other programs that are not there; the text says what to use.
 NOT_YET = "is not built yet (img2img, inpaint, ControlNet and hires fix are refused rather than ignored). Remove it to draw from text."
@@ -35,8 +35,16 @@ OWNED = {
     "pooled_prompt_embeds": "they come from the key prompt", "negative_pooled_prompt_embeds": "they come from the key neg_prompt",
     "image": "img2img is not built yet", "strength": "img2img is not built yet", "mask_image": "inpaint is not built yet",
 }
+# What webui, sd-scripts and others call them.
+OTHER_NAMES = {
+    **dict.fromkeys(("steps", "sampling_steps", "num_steps", "inference_steps"), "infer_args.num_inference_steps"),
+    **dict.fromkeys(("cfg", "cfg_scale", "scale", "guidance"), "infer_args.guidance_scale"), "rescale": "infer_args.guidance_rescale",
+    **dict.fromkeys(("sampler", "sampler_name", "sampler_index", "scheduler"), "new_components.scheduler (such as new_components.scheduler._target_=diffusers.EulerDiscreteScheduler)"),
+    "W": "infer_args.width", "H": "infer_args.height",
+}
 # Least value, and whether it is an integer, of the arguments that every pipeline has.
 NUMBERS = {"width": (8, int), "height": (8, int), "num_inference_steps": (1, int), "guidance_scale": (0, float), "guidance_rescale": (0, float), "eta": (0, float)}
+SIDES = ("width", "height")
 # Pairs of whole numbers of SDXL's pipeline, (height, width) or (top, left).
 PAIRS = ("original_size", "crops_coords_top_left", "target_size", "negative_original_size", "negative_crops_coords_top_left", "negative_target_size")
 
@@ -79,7 +87,7 @@ class VaeOptimize:
 class InferConfig:
     """Top level of a drawing config."""
 
-    REMOVED: ClassVar = REMOVED
+    REMOVED: ClassVar = {name: f"is {place} here." for name, place in OTHER_NAMES.items()} | REMOVED
     pretrained_model: str = key(doc="Base model: a folder in diffusers format, a single .safetensors or .ckpt file as webui uses them, or a hub id.",
                                 zh="底模：diffusers 格式的文件夹、webui 使用的单个 .safetensors 或 .ckpt 文件，或 huggingface 上的模型名。", exists="model")
     config: str | None = key(None, "For a single file: a folder with a diffusers model's configs, used instead of those of the released models. null: found from the file.",
@@ -151,13 +159,17 @@ class InferConfig:
         for name in self.infer_args:
             if name in OWNED:
                 yield f"infer_args.{name} cannot be given there: {OWNED[name]}"
+            elif name in OTHER_NAMES:
+                yield f"infer_args.{name} is {OTHER_NAMES[name]} here"
         for name, (least, kind) in NUMBERS.items():
             value = self.infer_args.get(name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            most = MOST_SIDE if name in ("width", "height") else 10**6
+            most = MOST_SIDE if name in SIDES else 10**6
             good = number and least <= value <= most and (kind is float or float(value).is_integer())
             if value is not None and not good:
                 yield f"infer_args.{name} = {value!r}; it must be {'a whole number' if kind is int else 'a number'}, at least {least} and at most {most}"
+            elif value is not None and name in SIDES and (fault := not_multiple(value, PIXELS)):
+                yield f"infer_args.{name} = {value!r}; it {fault}"
         for name in PAIRS:
             value = self.infer_args.get(name)
             if value is not None and not (isinstance(value, (list, tuple)) and len(value) == 2 and all(type(side) is int and 0 <= side <= 10**6 for side in value)):

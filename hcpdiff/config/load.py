@@ -13,6 +13,7 @@ from . import adjust, check, legacy, overrides
 from .adjust import node_at, replace
 from .expressions import has_expression
 from .merge import BASE, Layers, merge
+from .places import elsewhere
 from .resolve import BROKEN, Resolver, key_path
 from .shape import default_at, default_of, fields, shape_of, to_plain
 from .tree import Map, Node, Origin, Seq, Text, at, copy, dotted, dump, plain
@@ -175,10 +176,9 @@ class _Loader:
                 self.idle.append(name)
 
     def _belongs(self, name: str) -> str:
-        """What a free key may have meant: another top-level key, one that an expression could read, or one further down."""
-        below = [f"{parent}.{name}" for parent, field in fields(self.schema).items() if field.shape.record and name in fields(field.shape.record)]
-        if below:
-            return f". It belongs below: {', '.join(below)}"
+        """What a free key may have meant: one further down or of another name, another top-level key, or one that an expression could read."""
+        if place := elsewhere(self.schema, name):
+            return place
         near = difflib.get_close_matches(name, [*_all_names(self.schema), *map(str, self.mentioned)], n=3)
         if "." in name or not near:
             return Walk.hint(self.schema, name)

@@ -11,9 +11,13 @@ from typing import ClassVar, Literal
 
 from . import legacy
 from .field import key
+from .places import OTHER_NAMES
 
 MOST_SIDE = 16384  # pixels; beyond these a slip of the keyboard would ask for terabytes
 MOST_PIXELS = MOST_SIDE**2
+PIXELS = 8  # pixels a side of one number of every supported VAE's latents
+FEW_BITS = (*((word, "nf4") for word in ("int4", "4bit", "4", "fp4", "uint4")), *((word, "int8") for word in ("true", "8bit", "8", "fp8", "uint8")))
+FORMATS = (("float16", "fp16"), ("half", "fp16"), ("bfloat16", "bf16"), ("float32", "fp32"), ("float", "fp32"), ("full", "fp32"))
 FORBIDDEN = frozenset('/\\:*?"<>|')  # characters that some system's file names cannot have
 OPEN_METADATA = ("ss_", "ssmd_", "modelspec.")  # beginnings of header entries that webui and other programs read
 
@@ -69,7 +73,8 @@ class ModelConfig:
     quantize: Literal["int8", "nf4"] | None = key(
         None, "Keep the frozen denoiser's weights in few bits: int8 needs 0.53 of bf16's memory, nf4 0.44 (SD1.5) or 0.31 (SDXL) with larger errors. They are made dense layer by "
         "layer where they are used, which costs time. The LoRA stays fp32, and its files are for the plain model. null: off.",
-        "以更少的位数保存被冻结的去噪网络权重：int8 占 bf16 显存的 0.53，nf4 占 0.44（SD1.5）或 0.31（SDXL），但误差更大。使用时逐层还原，因此稍慢。LoRA 仍为 fp32，保存的文件用于原始底模。null 为关闭。")
+        "以更少的位数保存被冻结的去噪网络权重：int8 占 bf16 显存的 0.53，nf4 占 0.44（SD1.5）或 0.31（SDXL），但误差更大。使用时逐层还原，因此稍慢。LoRA 仍为 fp32，保存的文件用于原始底模。null 为关闭。",
+        meant=FEW_BITS)
     compile: bool = key(False, "Compile the model's repeated blocks (torch.compile), for long runs on a GPU: where all batches have one size, for this size, else for any. The first step is slow. "
                         "Resuming is exact but for rounding. Needs a C++ compiler on a CPU, triton and a C compiler on a GPU.",
                         "用 torch.compile 编译模型中重复的模块，适合 GPU 上的长时间训练：所有批次尺寸相同时只为该尺寸编译，否则编译为适用于任意尺寸。第一步较慢；继续训练的结果只在舍入上可能不同。CPU 需要 C++ 编译器，GPU 需要 triton 和 C 编译器。")
@@ -157,7 +162,7 @@ class TrainConfig:
     workers: int | Literal["auto"] = key("auto", "Loader processes. auto: none when latents are cached, else up to 4.", "数据加载进程数。auto：缓存 latent 时为 0，否则至多 4。", ge=0, le=1024)
     cpu_threads: int | Literal["auto"] = key("auto", "Threads of torch on the CPU. auto: all cores, shared by the processes.", "CPU 线程数。auto 为全部核心。", ge=1, le=4096)
     save_step: int | None = key(100, "Save every this many steps. null: only at the end.", "每多少步保存一次；null 只在结束时保存。", ge=1, unit="steps")
-    save_dtype: Literal["fp32", "fp16", "bf16"] = key("fp32", "Number format of the files in ckpts/.", "ckpts/ 中文件的精度。")
+    save_dtype: Literal["fp32", "fp16", "bf16"] = key("fp32", "Number format of the files in ckpts/.", "ckpts/ 中文件的精度。", meant=FORMATS)
     keep_states: int = key(2, "How many of the newest resumable states to keep.", "保留最近几个可恢复的训练状态。", ge=1)
     keep_last: int | None = key(None, "Keep the weight files of this many newest saves, and of those that have a state; older ones of this run are deleted. null: keep all.",
                                 "只保留最近几次保存的权重文件（仍有训练状态的也保留），本次训练更早的会被删除。null 全部保留。", ge=1)
@@ -285,8 +290,8 @@ class PreviewConfig:
     prompts: list[str] = key([], "Prompts to draw; empty: no previews.", "预览用的提示词；为空则不生成预览。")
     neg_prompt: str = key("", "Negative prompt.", "反向提示词。")
     every: int = key(100, "Draw every this many steps, and at the end.", "每多少步生成一次，结束时也会生成。", ge=1, unit="steps")
-    width: int | None = key(None, "Width; null: the first bucket's.", "宽度；null 取第一个分组。", ge=8, le=MOST_SIDE, unit="pixels")
-    height: int | None = key(None, "Height; null: the first bucket's.", "高度；null 取第一个分组。", ge=8, le=MOST_SIDE, unit="pixels")
+    width: int | None = key(None, "Width; null: the first bucket's.", "宽度；null 取第一个分组。", ge=8, le=MOST_SIDE, unit="pixels", multiple=PIXELS)
+    height: int | None = key(None, "Height; null: the first bucket's.", "高度；null 取第一个分组。", ge=8, le=MOST_SIDE, unit="pixels", multiple=PIXELS)
     num_inference_steps: int = key(20, "Sampler steps.", "采样步数。", ge=1)
     guidance_scale: float = key(7.0, "Classifier-free guidance.", "引导强度。", ge=0)
     seed: int = key(42, "Seed of the first image; the others follow.", "第一张图的种子，其余依次加一。", ge=0)
@@ -298,13 +303,14 @@ class RunConfig:
     """Top level of a training config."""
 
     REMOVED: ClassVar = legacy.RUN
+    OTHER_NAMES: ClassVar = OTHER_NAMES
     EITHER: ClassVar = (("train.train_epochs", "train.train_steps"),)
 
     exp_dir: str = key("exps/${hcp.time:}", "The run folder.", "输出文件夹。", path=True)
     seed: int = key(42, "Seed of everything random in the run.", "整个训练的随机种子。", ge=0)
     mixed_precision: Literal["auto", "bf16", "fp16", "fp32", "no"] = key(
         "auto", "Compute precision. auto: bf16 where the device is fast at it, else fp16 on a GPU, else fp32. LoRA weights are always fp32.",
-        "计算精度。auto：硬件支持时用 bf16，否则 GPU 用 fp16，CPU 用 fp32。LoRA 权重始终为 fp32。")
+        "计算精度。auto：硬件支持时用 bf16，否则 GPU 用 fp16，CPU 用 fp32。LoRA 权重始终为 fp32。", meant=FORMATS)
     allow_tf32: bool = key(True, "TF32 matrix products on NVIDIA GPUs.", "在 NVIDIA GPU 上使用 TF32。")
     model: ModelConfig = key(doc="The base model.", zh="底模。")
     lora_unet: list[LoraGroup] | None = key(None, "LoRA groups of the UNet. null: none.", "UNet 的 LoRA 分组；null 为不加。")

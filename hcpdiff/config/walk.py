@@ -6,7 +6,8 @@ import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .field import Key
+from .field import Key, not_multiple
+from .places import elsewhere
 from .resolve import BROKEN
 from .shape import MISSING, Shape, default_of, fields
 from .tree import Map, Origin, Seq, Text, Word, at, dotted, plain, scalar
@@ -36,9 +37,11 @@ class Walk:
         self.leaves: list[Leaf] = []
         self.unknown: list[str] = []
         self.whole: dict[tuple, Any] = {}
+        self.root: type | None = None  # the class of the whole tree
 
     def record(self, cls: type, node: Map, path: tuple = ()) -> Any:
         """An instance of `cls`, or BROKEN when something below is wrong."""
+        self.root = self.root or cls
         known, values = fields(cls), {}
         for name in node:
             if name not in known and not self._ignored(cls, name, node, path):
@@ -87,7 +90,7 @@ class Walk:
         if removed:
             self.faults.append(f"{dotted((*path, name))} ({origin}) {removed}")
         elif path:
-            self.faults.append(f"{dotted((*path, name))} ({origin}) is not a known key{self.hint(cls, name)}")
+            self.faults.append(f"{dotted((*path, name))} ({origin}) is not a known key{elsewhere(self.root, name) or self.hint(cls, name)}")
         else:
             self.unknown.append(name)
 
@@ -151,9 +154,10 @@ class Walk:
         return made
 
     def _wrong_type(self, node: Any, value: Any, shape: Shape) -> str:
-        if isinstance(node, Text) and not isinstance(node, Word) and not isinstance(scalar(Word(node)), str) and node:
+        if not shape.text and isinstance(node, Text) and not isinstance(node, Word) and not isinstance(scalar(Word(node)), str) and node:
             return f"is text, being in quotes; {shape.expected()} is expected"
-        near = difflib.get_close_matches(str(node), [str(choice) for choice in shape.literals], n=1)
+        said, choices = str(node).lower(), [str(choice) for choice in shape.literals]
+        near = [meant for word, meant in shape.key.meant if word == said] or difflib.get_close_matches(said, choices, n=1)
         return f"is not allowed; {shape.expected()} is expected" + (f". Nearest: {near[0]}" if near else "")
 
     def fault(self, path: tuple, node: Any, text: str) -> Any:
@@ -202,4 +206,4 @@ def _outside(value: Any, key: Key) -> str:
     tests = ((key.ge, operator.ge, "at least"), (key.gt, operator.gt, "above"), (key.le, operator.le, "at most"), (key.lt, operator.lt, "below"))
     broken = [f"{word} {limit:.15g}" for limit, holds, word in tests if limit is not None and not holds(value, limit)]
     unit = f" ({key.unit})" if key.unit else ""
-    return f"must be {' and '.join(broken)}{unit}" if broken else ""
+    return f"must be {' and '.join(broken)}{unit}" if broken else not_multiple(value, key.multiple) if key.multiple else ""

@@ -122,9 +122,9 @@ def _type(shape: Shape, names: dict) -> str:
 
 
 def limits(shape: Shape) -> str:
-    """The range of a number: '≥ 0, < 1'."""
+    """The range of a number: '≥ 0, < 1', '≥ 8, 8 × n'."""
     signs = (("≥", shape.key.ge), (">", shape.key.gt), ("≤", shape.key.le), ("<", shape.key.lt))
-    return ", ".join(f"{sign} {limit:.15g}" for sign, limit in signs if limit is not None)
+    return ", ".join([f"{sign} {limit:.15g}" for sign, limit in signs if limit is not None] + ([f"{shape.key.multiple} × n"] if shape.key.multiple else []))
 
 
 def _flow(value: Any) -> str:

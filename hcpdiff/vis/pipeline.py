@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config.field import not_multiple
 from ..config.infer_schema import OWNED
 from ..errors import ConfigError
 from ..families.base import Conditioning, Models
@@ -81,8 +82,7 @@ def size_of(pipe, width: int | None, height: int | None, key: str = "infer_args.
     factor, own = pipe.vae_scale_factor, pipe.unet.config.sample_size
     own_height, own_width = own if isinstance(own, (list, tuple)) else (own, own)
     size = {"width": int(width or own_width * factor), "height": int(height or own_height * factor)}
-    faults = [f"{key}{name} = {value}; it must be a multiple of {factor}: {value // factor * factor} or {(value // factor + 1) * factor}."
-              for name, value in size.items() if value % factor]
+    faults = [f"{key}{name} = {value}; it {fault}." for name, value in size.items() if (fault := not_multiple(value, factor))]
     if faults:
         raise ConfigError(faults)
     return size["width"], size["height"]
