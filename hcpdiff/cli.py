@@ -178,6 +178,12 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def reading() -> None:
+    """Says on stdout, where a run's other lines go, what takes the next seconds: before torch is imported and after all that is checked without it; from rank 0 only."""
+    if rank() == 0:
+        print("reading torch and diffusers …", flush=True)
+
+
 def rank() -> int:
     """This process's number under a launcher; 0 without one."""
     value = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"

@@ -53,6 +53,7 @@ def train(args: argparse.Namespace, asked: int | None) -> int:
             stop.looks.append(orphaned(stop, launcher.PARENT))
         from .quiet import quiet_libraries
 
+        cli.reading()
         quiet_libraries()
         from .train.parallel import Parallel
 

@@ -41,6 +41,7 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(error.faults + quick_checks(given)) from error
     from hcpdiff.quiet import quiet_libraries
 
+    cli.reading()
     quiet_libraries()
     from hcpdiff.vis.run import run
 

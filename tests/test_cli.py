@@ -110,6 +110,20 @@ def test_help_and_config_errors_answer_within_a_second_without_heavy_imports(tmp
     assert "2 faults" in done.stderr and "Nearest: train_epochs" in done.stderr and "Nearest: seed" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("module, arguments", [
+    ("hcpdiff.train_ac_single", []), ("hcpdiff.train_ac", []), ("hcpdiff.visualizer", ["pretrained_model=some/model"]),
+])
+def test_what_the_first_seconds_go_into_is_said_before_torch_is_read_and_not_where_a_fault_ends_it(tmp_path, module, arguments):
+    (tmp_path / "torch.py").write_text("import os; print('torch is read', flush=True); os._exit(7)", encoding="utf-8")
+    write(tmp_path)
+    file = CHECKOUT / "cfgs/infer/text2img.yaml" if arguments else "run.yaml"
+    for more, code, said in ((arguments, 7, "reading torch and diffusers …\ntorch is read\n"), ([*arguments, "sed=2"], 2, "")):
+        done = command("--cfg", str(file), *more, cwd=tmp_path, module=module, PYTHONPATH=os.pathsep.join([str(tmp_path), str(CHECKOUT)]))
+        assert (done.returncode, done.stdout) == (code, said), done.stderr
+    other = command("--cfg", str(file), *arguments, cwd=tmp_path, module=module, PYTHONPATH=os.pathsep.join([str(tmp_path), str(CHECKOUT)]), RANK="1")
+    assert "reading" not in other.stdout  # one process of several speaks
+
+
 def test_stage_a_imports_nothing_heavy(tmp_path):
     write(tmp_path)
     code = f"import sys; from hcpdiff import cli; from hcpdiff.config.load import load; load('run.yaml'); print([name for name in {HEAVY} if name in sys.modules])"

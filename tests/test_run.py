@@ -78,7 +78,8 @@ def test_gradient_checkpointing_reaches_the_unet_also_for_the_text_encoder_alone
 
 
 def test_previews_are_drawn_and_change_nothing(train):
-    run, _, losses = train("preview.prompts=['a {cat:1.2}', dog]", "preview.every=1", "preview.num_inference_steps=2")
+    run, log, losses = train("preview.prompts=['a {cat:1.2}', dog]", "preview.every=1", "preview.num_inference_steps=2")
+    assert re.findall(r"(previews of step \d: 2 pictures) in \d+\.\d s", log) == ["previews of step 1: 2 pictures", "previews of step 2: 2 pictures"]
     assert sorted(path.name for path in (run.folder / "previews").iterdir()) == ["1-0.png", "1-1.png", "2-0.png", "2-1.png"]
     assert losses == train()[2]
 

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hcpdiff.errors import NonFiniteError
-from hcpdiff.train.hooks import LogHook, Usual
+from hcpdiff.loggers.console import progress_line
+from hcpdiff.train.hooks import LogHook, Periodic, Usual
 from hcpdiff.train.optim import Gradients, optimizer_groups
 from hcpdiff.train.signals import StopRequest
 from hcpdiff.train.trainer import Hook, Trainer
@@ -433,6 +434,46 @@ def test_the_log_is_the_same_where_the_host_learns_late(every, look, name):
 
     for flush in (False, True):
         assert told(True, flush) == told(False, flush)
+
+
+class Clock:
+    """A clock that goes on when told: the step takes `step` seconds, `first` the first one."""
+
+    def __init__(self, monkeypatch, step=2.0, first=2.0):
+        self.now, self.step, self.first = 100.0, step, first
+        monkeypatch.setattr("hcpdiff.train.hooks.time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def ticks(self, trainer):
+        loss, seconds = trainer.loss, [0.0, self.first]  # of two micro-batches a step
+
+        def one(batch):
+            self.now += seconds.pop() if seconds else self.step / 2
+            return loss(batch)
+
+        trainer.loss = one
+        return trainer
+
+
+@pytest.mark.parametrize("lag", [False, True])
+def test_the_time_of_previews_and_saves_is_no_steps_time(monkeypatch, lag):
+    clock, said = Clock(monkeypatch), Said()
+
+    class Slow(Periodic):
+        def act(self, trainer):
+            clock.now += 1000.0
+
+    clock.ticks(make(steps=12, lag=lag, hooks=[LogHook(said, 2, 3), Slow(1)])).fit(StopRequest())
+    speeds = [values["speed"] for values in said.progressed]
+    assert speeds[2:-1] == pytest.approx([0.5] * 4) and 0.2 < min(speeds) and max(speeds) <= 1  # with lag the first numbers come a step late, and the last two at once
+    assert said.progressed[2]["left"] == pytest.approx(16)
+
+
+def test_a_first_step_that_compiles_gives_no_speed_and_no_time_left(monkeypatch):
+    clock, said = Clock(monkeypatch, first=105.0), Said()
+    clock.ticks(make(steps=6, hooks=[LogHook(said, 3, 3, compiles=True)])).fit(StopRequest())
+    assert said.lines == ["step 1 took 105 s, most of it compiling"]
+    assert not {"speed", "left"} & set(said.progressed[0]) and said.progressed[1]["speed"] == pytest.approx(0.5) and said.progressed[1]["left"] == pytest.approx(6)
+    assert progress_line(1, 6, said.progressed[0]).startswith("step 1/6  epoch 0.33  loss ") and "left" not in progress_line(1, 6, said.progressed[0])
 
 
 def test_a_run_that_is_stopped_has_all_its_steps_in_the_log():

@@ -36,7 +36,7 @@ class Logger:
         """Values of one optimizer step (1-based)."""
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """What a reader of the console wants at the log interval: loss, lr, steps per second, seconds left."""
+        """What a reader of the console wants at the log interval: loss, lr; and steps per second and seconds left, where they are known."""
 
     def advance(self, step: int) -> None:
         """`step` steps are done."""

@@ -21,7 +21,11 @@ def progress_line(step: int, total: int, values: Mapping[str, float]) -> str:
     parts += [f"{name} {_number(name, value)}" for name, value in values.items() if name not in ("speed", "left", "epoch")]
     if "epoch" in values:
         parts.insert(1, f"epoch {values['epoch']:.2f}")
-    return "  ".join([*parts, f"{values['speed']:.2f} steps/s", f"left {duration(values['left'])}"])
+    if "speed" in values:
+        parts.append(f"{values['speed']:.2f} steps/s")
+    if "left" in values:
+        parts.append(f"left {duration(values['left'])}")
+    return "  ".join(parts)
 
 
 def _number(name: str, value: float) -> str:
@@ -60,11 +64,11 @@ class ConsoleLogger(Logger):
             self.close()
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
-        line = progress_line(step, self.total, values)
         if self.bar is None:
-            self.say(line)
-        else:
-            self.bar.update(self.task, status="  ".join(line.split("  ")[1:-1]))
+            self.say(progress_line(step, self.total, values))
+        else:  # which has counted the steps itself, and what is left
+            line = progress_line(step, self.total, {name: value for name, value in values.items() if name != "left"})
+            self.bar.update(self.task, status="  ".join(line.split("  ")[1:]))
 
     def close(self) -> None:
         if self.bar is not None:

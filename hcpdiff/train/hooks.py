@@ -14,20 +14,24 @@ class LogHook(Hook):
     """Every `every` steps: each step's scalars to the loggers, and a line with loss, lr, speed and time left.
 
     A line that is due is written once its numbers are known, which beside a GPU is one step later: nothing waits for a device for its sake.
+    Saves and previews (`Trainer.beside`) are left out of the speed.
     """
 
-    def __init__(self, logger: Logger, every: int, steps_per_epoch: int):
-        self.logger, self.every, self.steps_per_epoch = logger, every, steps_per_epoch
-        self.since, self.first, self.due = time.monotonic(), True, None
+    def __init__(self, logger: Logger, every: int, steps_per_epoch: int, compiles: bool = False):
+        """compiles: whether the first step compiles the model, so that its time says nothing about the others."""
+        self.logger, self.every, self.steps_per_epoch, self.compiles = logger, every, steps_per_epoch, compiles
+        self.since, self.beside, self.first, self.due = time.monotonic(), 0.0, True, None
         self.usual = Usual()
 
     def on_epoch_begin(self, trainer: Trainer, epoch: int) -> None:
         if not trainer.records and trainer.pending is None:  # prompts have just been encoded: that is no step's time
-            self.since = time.monotonic()
+            self.since, self.beside = time.monotonic(), trainer.beside
 
     def on_step_end(self, trainer: Trainer) -> None:
         step = trainer.state.step
         self.logger.advance(step)
+        if self.compiles and self.first:
+            self.logger.say(f"step {step} took {time.monotonic() - self.since:.0f} s, most of it compiling")
         self._write_what_is_due(trainer)
         if step == trainer.total_steps:
             self.flush(trainer)
@@ -57,9 +61,6 @@ class LogHook(Hook):
             self.logger.scalars(step, values)
         for line in self._warnings(trainer, records):
             self.logger.say(f"warning: {line}")
-        now = time.monotonic()
-        speed = len(records) / max(1e-9, now - self.since)
-        self.since = now
         step, last = records[-1]
         shown = {"epoch": step / self.steps_per_epoch, "loss": mean_loss(records), "grad_norm": last["grad_norm"],
                  **{name.replace("lr/", "lr "): value for name, value in last.items() if name.startswith("lr/")}}
@@ -67,7 +68,14 @@ class LogHook(Hook):
             shown["skipped"] = trainer.state.skipped
         if trainer.loss_scale.active:
             shown |= {"loss_scale": int(trainer.loss_scale.value), "scale_skips": trainer.state.scale_skips}
-        self.logger.progress(step, {**shown, "speed": speed, "left": (trainer.total_steps - step) / speed})
+        self.logger.progress(step, {**shown, **self._pace(trainer, step, len(records))})
+
+    def _pace(self, trainer: Trainer, step: int, steps: int) -> dict[str, float]:
+        """Steps a second since the last line, and seconds left at that; neither where the model was compiled meanwhile."""
+        now, beside, compiled = time.monotonic(), trainer.beside, self.compiles
+        speed = steps / max(1e-9, now - self.since - (beside - self.beside))
+        self.since, self.beside, self.compiles = now, beside, False
+        return {} if compiled else {"speed": speed, "left": (trainer.total_steps - step) / speed}
 
     def _warnings(self, trainer: Trainer, records: list) -> list[str]:
         skips = trainer.take_skips()
@@ -119,7 +127,9 @@ class Periodic(Hook):
         if self.last != trainer.state.step:
             self.last = trainer.state.step
             trainer.settle()
+            began = time.monotonic()
             self.act(trainer)
+            trainer.beside += time.monotonic() - began
 
     def act(self, trainer: Trainer) -> None:
         """The thing itself."""

@@ -1,5 +1,6 @@
 """Preview pictures: each process draws its share of the prompts with the weights as they are, rank 0 writes them."""
 
+import time
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -73,7 +74,7 @@ class PreviewHook(Periodic):
 
     def act(self, trainer: Trainer) -> None:
         """Draws with the weights as they are."""
-        step, drawn, fault = trainer.state.step, [], ""
+        step, drawn, fault, began = trainer.state.step, [], "", time.monotonic()
         try:
             with weights_for_use(trainer.optimizer):
                 drawn = self.draw()
@@ -88,6 +89,7 @@ class PreviewHook(Periodic):
         if fault:
             self.logger.say(f"warning: the preview of step {step} could not be drawn: {fault}")
         else:
+            self.logger.say(f"previews of step {step}: {len(images)} picture{'s' if len(images) != 1 else ''} in {time.monotonic() - began:.1f} s")
             self.logger.images(step, "preview", images)
 
     def _write(self, step: int, images: Sequence) -> str:

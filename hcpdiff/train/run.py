@@ -73,8 +73,7 @@ class Run:
             with self.stop.patiently():  # from here on there is something to keep: a step is finished and saved
                 self._make_folder(trainer.state.step)
                 trainer.hooks += self._hooks()
-                if self.device.type != "cpu":
-                    self.log.say(probe(trainer, self.data.largest_batch(), self.base.geometry))
+                self._first_pass(trainer)
                 self.phase = "training"
                 finished = trainer.fit(self.stop)
             self._say_the_end(finished, trainer.state.step)
@@ -257,9 +256,18 @@ class Run:
         self.log.open(self.folder, step, self.total_steps)
         self.log.say(f"run folder: {self.folder}")
 
+    def _first_pass(self, trainer: Trainer) -> None:
+        """What takes long before the first line of a step is said, and on a GPU the largest batch is tried."""
+        if self.compiled:
+            others = "; a later step whose size needs kernels of its own may too" if len(self.data.plan.shapes()) > 1 else ""
+            self.log.say(f"compiling: the first step may take minutes{others}")
+        if self.device.type != "cpu":
+            self.log.say(probe(trainer, self.data.largest_batch(), self.base.geometry) + (", compiling included" if self.compiled else ""))
+
     def _hooks(self) -> list:
         """Of rank 0 those that write; of every rank its share of the previews."""
-        log = LogHook(self.log, self.cfg.train.log_step, self.data.steps_per_epoch)
+        compiles = bool(self.compiled) and self.device.type == "cpu"  # else the probe has compiled it
+        log = LogHook(self.log, self.cfg.train.log_step, self.data.steps_per_epoch, compiles)
         saving, previews = [self._save_hook(log)] if self.parallel.main else [], []
         if self.cfg.preview.prompts:
             drawing = Drawing(self.models, self.cfg, self.data.first_size(), self.preview_prompts, self.parallel, self.stop)

@@ -91,6 +91,7 @@ class Trainer:
         self.stopping, self.hopeless, self.last_skip = False, False, None
         self.records: list[tuple[int, dict[str, float]]] = []  # of rank 0 only, as are the skips
         self.skips: list[Skip] = []
+        self.beside = 0.0  # seconds that hooks took for saves and previews: no step's time
 
     def fit(self, stop: StopRequest) -> bool:
         """Trains to the end, or to the end of the step in which any process was asked to stop (the next one with `lag`); whether it is the end."""
