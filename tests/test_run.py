@@ -91,6 +91,27 @@ def test_faults_that_need_the_model_come_together(train):
     assert all(part in text for part in ("preview.prompts[0]", "clip_skip = 50", "max_timestep", "re:nothing"))
 
 
+def test_the_log_says_how_many_latents_were_encoded_and_how_many_were_found(train):
+    def said(*words):
+        [line] = re.findall(r"latents: .*", train("train.train_steps=1", *words)[1])
+        return re.sub(r"\d+\.\d s", "0.3 s", line)
+
+    disk = ("data.one.cache_latents=disk", "data.one.cache_dir=kept")
+    assert said() == "latents: 3 images, 3 encoded and kept in memory, 0.3 s"
+    assert said(*disk) == "latents: 3 images, 3 encoded, 0.3 s"
+    Image.effect_noise((64, 64), 99).save("images/1.png")
+    assert said(*disk) == "latents: 3 images, 2 from kept, 1 encoded, 0.3 s" and said(*disk) == "latents: 3 images, 3 from kept, 0.3 s"
+
+
+def test_the_start_says_what_memory_and_time_beside_the_steps_go_into(train):
+    log = train("train.train_steps=1", "model.gradient_checkpointing=true", "train.save_step=50", "preview={prompts: [cat, dog], every: 20, num_inference_steps: 1}")[1]
+    assert re.search(r"memory +│ gradient checkpointing on; latents in memory ", log), log
+    assert re.search(r"beside the steps +│ saved every 50 steps and at the end; 2 previews every 20 steps and at the end ", log)
+    log = train("train.train_steps=1", "train.save_step=null", "train.workers=1", "data.one.cache_latents=none")[1]
+    assert re.search(r"memory +│ gradient checkpointing off; latents of one not kept: images are decoded and encoded in each step, by 1 loader", log), log
+    assert re.search(r"beside the steps +│ saved at the end; no previews ", log)
+
+
 def test_a_preview_that_fails_does_not_end_the_run(train, monkeypatch):
     def fail(*args, **keys):
         raise torch.OutOfMemoryError("no memory")

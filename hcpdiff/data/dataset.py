@@ -173,8 +173,8 @@ class TrainData:
             looked += len(samples)
 
     def cache_latents(self, encode: Encode, vae_id: str, rank: int = 0, world: int = 1, exchange: Exchange | None = None,
-                      progress: Callable[[int, int], Any] | None = None) -> None:
-        """Encode every view of every image of the datasets that cache latents.
+                      progress: Callable[[int, int], Any] | None = None) -> int:
+        """Encode every view of every image of the datasets that cache latents; how many images this process has encoded.
 
         encode: pixels (1,3,H,W) fp32 in [-1,1] on the CPU -> mean, std (1,C,h,w), any device. vae_id: changes with whatever changes the result (weights, dtype).
         exchange: gathers one object from every rank (all_gather_object); every rank must then call this. progress(done, total) counts this rank's images.
@@ -199,6 +199,7 @@ class TrainData:
             elif data.cache == "disk":
                 store = self._stores[number] = DiskStore(data.cache_dir, data, vae_id, self.maker.vae_factor, self.maker.latent_channels)
                 store.fill(encode, rank, world, exchange, tick)
+        return sum(store.encoded for store in self._stores.values())
 
     def _attach(self, batch: Batch, micro: MicroBatch) -> Batch:
         """Complete a batch in the main process: pixels as numbers, or the cached latents (and masks)."""

@@ -52,6 +52,7 @@ class MemoryStore:
     def __init__(self, data: TrainDataset, vae_id: str, factor: int) -> None:
         self.data, self.vae_id, self.factor = data, vae_id, factor
         self.entries: dict[tuple[int, int], Entry] = {}
+        self.encoded = 0  # images encoded by this process in the last `fill`
 
     def get(self, image: int, view: int) -> Entry:
         """One entry; KeyError if it was never filled in."""
@@ -60,10 +61,12 @@ class MemoryStore:
     def fill(self, encode: Encode, rank: int, world: int, exchange: Exchange | None, tick: Tick) -> None:
         """Encode what is missing. With `exchange`, each rank encodes its share and gets the others'; without, each encodes everything."""
         images = [image for image in range(len(self.data)) if (image, 0) not in self.entries]
+        self.encoded = 0
         (rank, world), faults = (rank, world) if exchange else (0, 1), Faults()
         with closing(self._made(images[rank::world], encode, faults)) as made:
             for _ in range(meetings(len(images), world)):
                 taken = self._take(made, faults, tick)
+                self.encoded += len({image for image, _ in taken})
                 for part, others in exchange((taken, faults)) if exchange else [(taken, faults)]:
                     self.entries.update(part)
                     faults.add(others)

@@ -17,11 +17,25 @@ def cache_latents(data: TrainData, models: Models, mark: str, parallel: Parallel
     """Fills the cache of every dataset that has one; each process does its share. keep_vae: for previews, which fetch it from the CPU when they draw."""
     models.vae.to(parallel.device)
     exchange = parallel.gather if parallel.world > 1 else None
-    data.cache_latents(_encoder(models, parallel.device), mark, parallel.rank, parallel.world, exchange, Telling("latents", say, "images"))
+    began = time.monotonic()
+    own = data.cache_latents(_encoder(models, parallel.device), mark, parallel.rank, parallel.world, exchange, Telling("latents", say, "images", end=False))
+    encoded = sum(parallel.gather(own))
+    if any(one.cache != "none" for one in data.datasets):
+        say(_summary(data, encoded, time.monotonic() - began))
     if data.all_cached:
         models.vae.to("cpu")
         if not keep_vae:
             models.drop("vae")
+
+
+def _summary(data: TrainData, encoded: int, seconds: float) -> str:
+    """How many images came from a cache on disk, which, and how many were encoded."""
+    cached = [one for one in data.datasets if one.cache != "none"]
+    total, folders = sum(map(len, cached)), list(dict.fromkeys(one.cache_dir for one in cached if one.cache == "disk"))
+    found = max(0, total - encoded)  # more are encoded than there are where machines share no disk
+    parts = [f"{found} from {', '.join(folders)}"] if found else []
+    parts += [f"{encoded} encoded{'' if folders else ' and kept in memory'}"] if encoded else []
+    return f"latents: {total} images, {', '.join(parts)}, {seconds:.1f} s"
 
 
 def _encoder(models: Models, device: torch.device) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
@@ -33,13 +47,13 @@ def _encoder(models: Models, device: torch.device) -> Callable[[torch.Tensor], t
 
 
 class Telling:
-    """A line every few seconds, and one at the end."""
+    """A line every few seconds, and one at the end (`end`)."""
 
-    def __init__(self, what: str, say: Callable[[str], None], unit: str = "encoded"):
-        self.what, self.say, self.unit, self.said = what, say, unit, time.monotonic()
+    def __init__(self, what: str, say: Callable[[str], None], unit: str = "encoded", end: bool = True):
+        self.what, self.say, self.unit, self.end, self.said = what, say, unit, end, time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if done == total or now - self.said > EVERY:
+        if self.end if done == total else now - self.said > EVERY:
             self.said = now
             self.say(f"{self.what}: {done}/{total} {self.unit}")

@@ -11,6 +11,7 @@ from rich.text import Text
 from .. import __version__
 from .. import device as machine
 from ..config.schema import RunConfig
+from ..data.dataset import TrainData
 from ..families.base import denoiser_of
 from ..loggers import Logger
 from .base import BaseModel
@@ -38,6 +39,20 @@ def run_facts(cfg: RunConfig, base: BaseModel, parallel: Parallel, precision: st
         "images per step": f"{batch * world * train.gradient_accumulation_steps} (batch {batch}, processes {world}, accumulation {train.gradient_accumulation_steps})",
         "length": length, "optimizer": f"{train.optimizer['_target_']}, {train.lr_scheduler['_target_'] if train.lr_scheduler else train.scheduler.name}",
     }
+
+
+def memory_facts(cfg: RunConfig, data: TrainData) -> dict[str, str]:
+    """What decides how much memory a run takes, and what it does beside its steps: one row each."""
+    places: dict[str, list[str]] = {}
+    for one in data.datasets:
+        places.setdefault(f"in {one.cache_dir}" if one.cache == "disk" else "in memory" if one.cache == "memory" else "not kept", []).append(one.name)
+    latents = ", ".join(place if len(places) == 1 and place != "not kept" else f"of {', '.join(names)} {place}" for place, names in places.items())
+    if "not kept" in places:
+        latents += f": images are decoded and encoded in each step" + (f", by {data.workers} loader process{'es' if data.workers != 1 else ''}" if data.workers else "")
+    save, preview = cfg.train.save_step, cfg.preview
+    saves = f"saved every {save} steps and at the end" if save else "saved at the end"
+    previews = f"{len(preview.prompts)} preview{'s' if len(preview.prompts) != 1 else ''} every {preview.every} steps and at the end" if preview.prompts else "no previews"
+    return {"memory": f"gradient checkpointing {'on' if cfg.model.gradient_checkpointing else 'off'}; latents {latents}", "beside the steps": f"{saves}; {previews}"}
 
 
 def _kept(base: BaseModel) -> str:

@@ -218,7 +218,7 @@ class Run:
     def _report(self, step: int) -> None:
         precision = f"{machine.SHORT[self.dtype]} (LoRA weights fp32), attention {self.attention}"
         length = f"{self.total_steps} steps, {self.data.steps_per_epoch} an epoch" + (f"; {self.folder} resumed after step {step}" if step else "")
-        facts = report.run_facts(self.cfg, self.base, self.parallel, precision, length) | ({"compiled": self.compiled} if self.compiled else {})
+        facts = report.run_facts(self.cfg, self.base, self.parallel, precision, length) | ({"compiled": self.compiled} if self.compiled else {}) | report.memory_facts(self.cfg, self.data)
         self.log.say(report.facts_table("run", facts))
         self.log.say(report.layers_table(self.trainables))
         self.data.token_count = lambda prompt: self.base.family.count_tokens(self.models, prompt)
