@@ -87,6 +87,14 @@ def test_single_quotes_of_cmd_exe_are_recognised(tmp_path):
     assert "Quotes belong around the whole argument, once: \"key=some words\"" in faults(tmp_path, "exp_dir='a b'")[0]
 
 
+@pytest.mark.parametrize("key", ["model.pretrained_model_name_or_path", "model.vae"])
+def test_a_name_below_a_folder_that_is_here_is_no_hub_id(tmp_path, key):
+    (tmp_path / "demo" / "model").mkdir(parents=True)
+    says = f"{key} = 'demo/modle' (command line) is no folder or file here, and not looked for on the hub, since there is a folder demo/ here. Nearest: demo/model"
+    assert faults(tmp_path, f"{key}=demo/modle") == [says]
+    assert faults(tmp_path, f"{key}=demos/modle") == []
+
+
 @pytest.mark.parametrize("key", ["data.dataset1.source.source1.word_names.pt1", "train.export.metadata.ss_x"])
 def test_a_word_that_is_null_is_a_fault_not_the_text_null(tmp_path, key):
     says = f"{key} = null (command line) is no text: write a word, or leave the entry out"

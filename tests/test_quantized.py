@@ -252,5 +252,5 @@ def test_a_run_on_a_quantized_base_says_so_and_goes_on_exactly_and_only_with_it(
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 4)
     header = read_header(tmp_path / "whole" / "ckpts" / "unet-4.safetensors")
     assert json.loads(header.metadata["hcpdiff.settings"])["quantize"] == "nf4" and all(entry.dtype == "F32" for entry in header.entries.values())
-    with pytest.raises(CheckpointError, match="model.quantize: 'nf4' before, None now"):
+    with pytest.raises(CheckpointError, match="model.quantize: 'nf4' before, null now"):
         run("cfg.yaml", "train.resume=parts", "train.train_steps=6", "model.quantize=null")

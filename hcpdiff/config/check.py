@@ -98,8 +98,10 @@ def _existence(leaf: Leaf, carried: dict[tuple, Path]) -> str:
     if not text:
         return "is empty: name one" + (" or write null" if leaf.shape.nullable else "")
     if kind == "model":
-        missing = (looks_local(text) or text.startswith("'")) and not os.path.exists(text)
-        return "is no folder or file here, and not the form of a hub id (name/name)" + _nearest(text) if missing else ""
+        folder, local = os.path.dirname(text), looks_local(text) or text.startswith("'")
+        if os.path.exists(text) or not (local or os.path.isdir(folder)):
+            return ""
+        return "is no folder or file here, and not " + ("the form of a hub id (name/name)" if local else f"looked for on the hub, since there is a folder {folder}/ here") + _nearest(text)
     if kind == "carried":
         return _carried(leaf, carried)
     if kind == "file" and os.path.isdir(text):

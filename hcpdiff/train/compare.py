@@ -80,7 +80,8 @@ def _whole_part(key: str, was: Mapping[str, Any], asked: Mapping[str, Any]) -> b
 def _differing(was: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(key, 'key: before -> now') of all that differ."""
     def spell(values: Mapping[str, Any], key: str) -> str:
-        return repr(values[key]) if key in values else "absent"
+        value = values.get(key)
+        return "absent" if key not in values else "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
     return [(key, f"{key}: {spell(was, key)} before, {spell(asked, key)} now") for key in dict.fromkeys([*was, *asked]) if was.get(key, ...) != asked.get(key, ...)]
 

@@ -30,9 +30,9 @@ class Resumed:
         impossible, refused = [*changes.impossible, *misfits(trainables, self.state)], [] if force else changes.refused
         faults = []
         if impossible:
-            faults.append(_listed("the saved state cannot be gone on from, not even with train.resume_force:", impossible, "Set this back."))
+            faults.append(_listed("the saved state cannot be gone on from, not even with train.resume_force:", impossible, "Set it back."))
         if refused:
-            faults.append(_listed("this would be another run than the one that was saved:", refused, "Set this back, or go on all the same with train.resume_force=true."))
+            faults.append(_listed("this would be another run than the one that was saved:", refused, "Set it back, or go on all the same with train.resume_force=true."))
         if faults:
             weights = f"A new run can start from the weights of this one: model.init_lora={self.folder}/ckpts/..."
             raise CheckpointError([f"train.resume = {self.asked!r}: {fault} {weights}" for fault in faults])
