@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from . import cli
@@ -36,8 +35,6 @@ def train(args: argparse.Namespace, asked: int | None) -> int:
     """Checks all that can be checked without torch, then trains. asked: how many processes the launcher's command line names; None: not checked."""
     from .config.load import load
     from .config.schema import RunConfig
-    from .errors import ConfigError
-    from .train import lock
     from .train.signals import StopRequest, orphaned
 
     sys.stdout, sys.stderr = cli.Steady(sys.stdout), cli.Steady(sys.stderr)  # a run does not end with its terminal
@@ -45,9 +42,8 @@ def train(args: argparse.Namespace, asked: int | None) -> int:
     loaded = load(args.cfg, args.overrides, RunConfig, now=now, allow=args.allow_target, also=quick_checks)
     started = int(os.environ.get("WORLD_SIZE", 1))
     launcher.check_count(started, asked or started)
-    folder = Path(loaded.config.train.resume or loaded.config.exp_dir)
-    if cli.rank() == 0 and lock.is_held(folder):  # looked at again, and taken, later; this is the quick answer
-        raise ConfigError(lock.busy(folder))
+    if cli.rank() == 0:  # the other processes come later, when rank 0 may have made the folder
+        check_folder(loaded)
     with StopRequest() as stop:
         if loaded.config.train.on_orphan == "stop" and launcher.launcher_command():
             stop.looks.append(orphaned(stop, launcher.PARENT))
@@ -75,6 +71,26 @@ def run(loaded, args: argparse.Namespace, parallel, stop, now: datetime.datetime
         raise  # with no name for the error left in this frame, which the error holds: what the run held would wait for the collector of cycles
     parallel.close()
     return code
+
+
+def check_folder(loaded) -> None:
+    """ConfigError where the run folder, or the run that is gone on from, shows by its names alone that this cannot be; with what else is quickly seen. All of it is
+    looked at again, with locks, when the run has its models."""
+    from .checkpoint.runs import find_run
+    from .errors import ConfigError, HCPError
+    from .train import folder, lock
+
+    cfg = loaded.config
+    try:
+        if cfg.train.resume:
+            run, _ = find_run(cfg.train.resume)
+            if lock.is_held(run):
+                raise ConfigError(lock.busy(run))
+        else:
+            folder.check(cfg.exp_dir, "exp_dir" in loaded.timed)
+    except HCPError as error:
+        model = {f"model.{name}": getattr(cfg.model, name) for name in ("pretrained_model_name_or_path", "config", "vae", "prediction_type")}
+        raise ConfigError(error.faults + quick_checks(model | {f"data.{name}": data for name, data in cfg.data.items()})) from error
 
 
 def quick_checks(passed: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,8 @@ from test_resume_exact import CONFIG, STEPS, WORKERS, overrides
 from tiny import make_tiny_sd
 
 from hcpdiff.checkpoint.io import read_tensors
-from hcpdiff.checkpoint.resume import load_state, states
+from hcpdiff.checkpoint.resume import load_state
+from hcpdiff.checkpoint.runs import states
 
 ARGUMENTS = [*overrides({**WORKERS, "latents": "disk", "accumulation": 1}), "train.save_step=1", "train.log_step=2", "train.keep_last=2", "train.keep_every=4"]
 

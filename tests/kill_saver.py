@@ -20,7 +20,8 @@ from test_save import Place, saver
 from test_trainer import StopRequest
 
 from hcpdiff.checkpoint.format import load_lora
-from hcpdiff.checkpoint.resume import load_state, states
+from hcpdiff.checkpoint.resume import load_state
+from hcpdiff.checkpoint.runs import states
 from hcpdiff.checkpoint.tidy import CKPTS, remove_leftovers, set_aside
 from hcpdiff.train.state import restore
 

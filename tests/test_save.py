@@ -12,8 +12,10 @@ import torch
 from test_trainer import Place, toy
 
 from hcpdiff.checkpoint import io
-from hcpdiff.checkpoint.resume import load_state, save_state, states
-from hcpdiff.checkpoint.sums import NAME, changed
+from hcpdiff.checkpoint.resume import load_state, save_state
+from hcpdiff.checkpoint.runs import SUMS as NAME
+from hcpdiff.checkpoint.runs import states
+from hcpdiff.checkpoint.sums import changed
 from hcpdiff.checkpoint.tidy import drop_weights, remove_leftovers, set_aside, surplus
 from hcpdiff.errors import CheckpointError, ConfigError, NonFiniteError
 from hcpdiff.lora_tensors import LoraTensors

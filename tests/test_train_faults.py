@@ -157,10 +157,8 @@ def test_faults_of_model_data_and_optimizer_come_together(place, tiny_sd1):
     (place / "images" / "1.png").write_bytes(b"no image")
     shutil.copytree(tiny_sd1, place / "model")
     shutil.rmtree(place / "model" / "scheduler")
-    (place / "taken").mkdir()
-    (place / "taken" / "x").write_text("mine")
-    message = refuse(place, "model.pretrained_model_name_or_path=model", "train.optimizer._target_=torch.utils.collect_env.run", "exp_dir=taken")
-    assert "scheduler" in message and "collect_env" in message and "1.png" in message and "not empty" in message
+    message = refuse(place, "model.pretrained_model_name_or_path=model", "train.optimizer._target_=torch.utils.collect_env.run")
+    assert "scheduler" in message and "collect_env" in message and "1.png" in message
 
 
 def test_an_image_cut_off_at_its_end_is_found_before_the_folder_is_made(place):
@@ -186,6 +184,20 @@ def test_timesteps_out_of_range_and_too_deep_clip_skip(place):
 
 def test_nothing_to_train(place):
     assert "nothing to train" in refuse(place, "lora_unet=null")
+
+
+@pytest.mark.parametrize("change, says", [("train.resume=latest", "no run below exps"), ("train.resume=old", "holds no training state"), ("exp_dir=old", "'old' is not empty"),
+                                          ("model.pretrained_model_name_or_path=images/modle", "no folder or file here")])
+def test_folders_are_looked_at_before_torch_is_loaded(place, monkeypatch, change, says):
+    """What follows the first checks begins with the libraries' quieting; the model's faults are told beside the folder's."""
+    (place / "old" / "images").mkdir(parents=True)
+    monkeypatch.setattr("hcpdiff.quiet.quiet_libraries", lambda: pytest.fail("the libraries are loaded"))
+    told = refuse(place, change)
+    assert says in told
+    if "model." not in change:
+        (place / "none").mkdir()
+        told = refuse(place, change, "model.pretrained_model_name_or_path=none")
+        assert says in told and "model_index.json" in told
 
 
 def test_resume_of_nothing(place):

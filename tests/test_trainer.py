@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hcpdiff.checkpoint.resume import find_run, load_state, save_state, states
+from hcpdiff.checkpoint.resume import load_state, save_state
+from hcpdiff.checkpoint.runs import find_run, states
 from hcpdiff.errors import CheckpointError, ConfigError
 from hcpdiff.train import signals
 from hcpdiff.train.folder import check, claim

@@ -7,7 +7,6 @@ Only states with their SHA256SUMS count, and only one whose files have the check
 import contextlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,9 +17,9 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError
 from . import sums
 from .io import read_tensors, save_tensors, sync_folder, write_atomic
+from .runs import STATES, some_states, states
 
 FORMAT = 2
-STATES = "states"
 _JSON, _TENSORS = "state.json", "state.safetensors"
 _TENSOR, _PAIRS, _TUPLE = "__tensor__", "__pairs__", "__tuple__"
 
@@ -73,24 +72,12 @@ def _drop(folder: Path) -> None:
         shutil.rmtree(going, ignore_errors=True)  # what is left goes at the next start
 
 
-def states(run: Path) -> list[int]:
-    """Steps of which a state is there, oldest first. CheckpointError where nobody can look."""
-    folder = run / STATES
-    try:
-        names = os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be looked at: {error.strerror or error}.") from error
-    return sorted(int(name) for name in names if name.isascii() and name.isdigit() and os.path.isfile(folder / name / sums.NAME))
-
-
 def load_state(run: Path, step: int | None = None, say: Callable[[str], Any] = lambda line: None) -> dict[str, Any]:
     """A state of a run folder, as it was given to `save_state`: that of `step`, or the newest one that is not damaged.
 
     What is passed over is told to `say`. A damaged state that was asked for by its step is a CheckpointError.
     """
-    steps = _some_states(run)
+    steps = some_states(run)
     if step is not None:
         return _asked_for(run, step, steps)
     damage: list[str] = []
@@ -104,21 +91,6 @@ def load_state(run: Path, step: int | None = None, say: Callable[[str], Any] = l
             say(f"warning: {line} The run goes on from the state before: {run / STATES / str(number)}")
         return tree
     raise CheckpointError([*damage, f"train.resume = {str(run)!r}: none of its {len(steps)} states is whole. A new run can start from its weights: model.init_lora={run}/ckpts/..."])
-
-
-def _hint(run: Path) -> str:
-    """Where the state or the weights may be that somebody looks for in the wrong folder."""
-    if run.name in (STATES, "ckpts") and states(run.absolute().parent):
-        return f"; the run folder is {run.parent}"
-    weights = sorted((run / "ckpts").glob("*.safetensors"))
-    return f"; a new run can start from its weights with model.init_lora={weights[-1]}" if weights else ""
-
-
-def _some_states(run: Path) -> list[int]:
-    steps = states(run)
-    if not steps:
-        raise ConfigError(f"train.resume = {str(run)!r} holds no training state (states/<step>/). It was never saved, or this is no run folder{_hint(run)}.")
-    return steps
 
 
 def _asked_for(run: Path, step: int, steps: list[int]) -> dict[str, Any]:
@@ -138,27 +110,6 @@ def _read(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has format {record.get('format')}, this version reads {FORMAT}: resume with the version that wrote it.")
     tensors, _ = read_tensors(folder / _TENSORS)
     return _unpack(record["tree"], tensors)
-
-
-def find_run(resume: str, root: Path = Path("exps")) -> tuple[Path, int | None]:
-    """The run folder that `train.resume` names, and the step where it names one state in it; 'latest' is the run below `root` with the newest state.
-
-    ConfigError where that is no run folder: then nothing has been written into it, not even a lock.
-    """
-    if resume != "latest":
-        path = Path(resume)
-        if re.fullmatch("[0-9]+", path.name) and path.parent.name == STATES:
-            run, step = path.parent.parent, int(path.name)
-            _some_states(run)
-            return run, step
-        if not path.is_dir():
-            raise ConfigError(f"train.resume = {resume!r}: there is no such folder. It takes a run folder, one of its states (<run folder>/states/<step>), or latest.")
-        _some_states(path)
-        return path, None
-    runs = [path for path in root.iterdir() if path.is_dir() and states(path)] if root.is_dir() else []
-    if not runs:
-        raise ConfigError(f"train.resume = latest: no run below {root}/ has a training state.")
-    return max(runs, key=lambda run: (run / STATES / str(states(run)[-1])).stat().st_mtime_ns), None
 
 
 def _pack(value: Any, tensors: dict[str, Tensor], path: str) -> Any:

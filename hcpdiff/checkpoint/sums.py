@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from .io import write_atomic
+from .runs import SUMS
 
-NAME = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 _WEIGHTS = re.compile(r"\.\./\.\./(ckpts|webui)/[^/\\]+")  # the only files outside that a list may lead to: a run folder may be a stranger's
 _BROKEN = (errno.ENOENT, errno.EIO, errno.EISDIR, errno.ENOTDIR)  # the file is gone, or the disk cannot give it; others (no permission) are no damage
@@ -26,20 +26,20 @@ class Damaged(CheckpointError):
 def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
     """Writes the list of `folder`: relative path (POSIX) -> SHA-256 in hex."""
     text = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
-    write_atomic(folder / NAME, lambda file: file.write(text.encode("utf-8")))
+    write_atomic(folder / SUMS, lambda file: file.write(text.encode("utf-8")))
 
 
 def read_sums(folder: Path) -> dict[str, str]:
     """The list of `folder`. Damaged where a line is none."""
     try:
-        lines = (folder / NAME).read_text(encoding="utf-8").splitlines()
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise Damaged(f"{folder / NAME} is damaged.") from error
+        raise Damaged(f"{folder / SUMS} is damaged.") from error
     except OSError as error:
-        raise _unreadable(folder / NAME, error) from error
+        raise _unreadable(folder / SUMS, error) from error
     found = [_LINE.fullmatch(line) for line in lines]
     if not all(found):
-        raise Damaged(f"{folder / NAME} is damaged: line {found.index(None) + 1} is no checksum.")
+        raise Damaged(f"{folder / SUMS} is damaged: line {found.index(None) + 1} is no checksum.")
     return {match[2]: match[1] for match in found}
 
 
@@ -48,9 +48,9 @@ def check(folder: Path, names: Sequence[str]) -> None:
     sums = read_sums(folder)
     for name in names:
         if name not in sums:
-            raise Damaged(f"{folder / NAME} is damaged: it lacks {name}.")
+            raise Damaged(f"{folder / SUMS} is damaged: it lacks {name}.")
         if sha256_of(folder / name) != sums[name]:
-            raise Damaged(f"{folder / name} is damaged: its checksum is not the one in {NAME}.")
+            raise Damaged(f"{folder / name} is damaged: its checksum is not the one in {SUMS}.")
 
 
 def changed(folder: Path) -> list[Path]:

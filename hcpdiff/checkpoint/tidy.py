@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 from . import sums
 from .paths import split_name
-from .resume import STATES, states
+from .runs import STATES, states
 
 CKPTS, WEBUI = "ckpts", "webui"
 _WRITTEN = re.compile(rf"({CKPTS}|{WEBUI})/[^/\\]+\.safetensors")

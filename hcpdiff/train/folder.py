@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ..checkpoint.resume import states
+from ..checkpoint.runs import states
 from ..errors import ConfigError
 from . import lock
 from .lock import RunLock

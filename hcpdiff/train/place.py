@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from ..checkpoint.io import write_atomic
-from ..checkpoint.resume import find_run, states
+from ..checkpoint.runs import find_run, states
 from ..config.load import Loaded
 from ..config.schema import RunConfig
 from ..errors import ConfigError

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import sums, tidy
-from ..checkpoint.resume import STATES, load_state
+from ..checkpoint.resume import load_state
+from ..checkpoint.runs import STATES
 from ..errors import CheckpointError
 from .compare import compare
 from .state import KEYS, misfits

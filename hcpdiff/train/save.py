@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..checkpoint.format import save_lora
-from ..checkpoint.resume import save_state, states
+from ..checkpoint.resume import save_state
+from ..checkpoint.runs import states
 from ..checkpoint.tidy import CKPTS, drop_weights, surplus
 from ..errors import CheckpointError, NonFiniteError
 from ..lora_tensors import LoraTensors
