@@ -27,6 +27,10 @@ class DataError(HCPError):
     """A fault in images, captions, masks or caches."""
 
 
+class FeedError(DataError):
+    """A batch that could not be made in the midst of training. Steps are whole, and what they came to is saved where that could be done."""
+
+
 class LayerMatchError(ConfigError):
     """A layer pattern that matches nothing, or a layer that two groups claim."""
 
@@ -51,8 +55,13 @@ class Interrupted(KeyboardInterrupt):
     """A signal ends the run where it is. `signal` is its number, `at_once` whether it is the second one; the text says what is there to go on from."""
 
     def __init__(self, number: int, at_once: bool = False):
-        super().__init__(f"{'stopped at once' if at_once else 'stopped'} by {_NAMES.get(number, f'signal {number}')}")
+        super().__init__(f"{'stopped at once' if at_once else 'stopped'} by {signal_name(number)}")
         self.signal, self.at_once, self.exit_code = number, at_once, 128 + number
+
+
+def signal_name(number: int) -> str:
+    """What a user calls it."""
+    return _NAMES.get(number, f"signal {number}")
 
 
 _NAMES = {1: "SIGHUP (the terminal was closed)", 2: "Ctrl+C (SIGINT)", 15: "SIGTERM"}

@@ -60,8 +60,7 @@ def member(rank, fault=None, hooks=(), steps=6, before=None):
                               lr_factor=lambda step: 1e-3, parallel=parallel, hooks=[*([Saver()] if parallel.main else []), *(make(parallel) for make in hooks)],
                               total_steps=steps, max_grad_norm=None, max_nonfinite=2, fp16=False)
             trainer.state.positions = [SimpleNamespace(epoch=0, chunk=0)]
-            with stop.patiently():
-                finished = trainer.fit(stop)
+            finished = trainer.fit(stop)
             print("ended at", trainer.state.step, flush=True)
             code = 0 if finished else next(code for code in parallel.gather(stop.signal and stop.exit_code) if code)
         except (Exception, KeyboardInterrupt) as error:

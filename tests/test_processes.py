@@ -164,6 +164,13 @@ def test_a_signal_before_the_first_step_ends_the_run_and_leaves_nothing(place, m
     assert caught.value.exit_code == 143 and not (place / "early").exists()
 
 
+def test_a_signal_in_the_first_step_ends_the_run_in_its_midst_and_says_that_nothing_is_lost(place, monkeypatch):
+    monkeypatch.setattr(StableDiffusion, "denoise", then_a_signal(StableDiffusion.denoise))
+    with pytest.raises(Interrupted, match="stopped by SIGTERM while training. Nothing was saved yet: first may be removed.") as caught:
+        in_this_process(place, monkeypatch, "exp_dir=first")
+    assert caught.value.exit_code == 143 and not list((place / "first" / "ckpts").iterdir())
+
+
 def test_a_signal_while_previews_are_drawn_ends_the_drawing_and_saves(place, monkeypatch):
     drawn = []
     monkeypatch.setattr(pipeline, "decode", then_a_signal(lambda *args, decode=pipeline.decode: drawn.append(1) or decode(*args)))

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hcpdiff import device as machine
 from hcpdiff.config.load import load
 from hcpdiff.config.schema import RunConfig
-from hcpdiff.errors import ConfigError, HCPError, NonFiniteError
+from hcpdiff.errors import ConfigError, FeedError, HCPError, NonFiniteError
 from hcpdiff.train.memory import less_memory
 from hcpdiff.train.parallel import Parallel
 from hcpdiff.train.run import Run
@@ -185,9 +185,44 @@ def test_a_loader_process_that_is_killed_is_named_and_no_bug_of_ours(train, monk
 
     hooks, others = Run._hooks, {child.pid for child in multiprocessing.active_children()}
     monkeypatch.setattr(Run, "_hooks", lambda self: [*hooks(self), Killer()])
-    with pytest.raises(HCPError, match="a process that loads images has ended. .*train.workers") as caught:
+    with pytest.raises(HCPError, match="a process that loads images has ended. .*train.workers.* Saved up to step [0-9]+; to go on: mend it and start the same command") as caught:
         train("train.train_steps=500", "train.workers=1", "data.one.cache_latents=none")
     assert caught.value.exit_code == 2
+
+
+def test_an_image_that_vanishes_costs_no_step_and_the_run_goes_on_once_it_is_back(train, monkeypatch):
+    class Thief(Hook):
+        def on_step_end(self, trainer):
+            done.append(trainer.state.step)
+            if trainer.state.step == 3:
+                os.rename("images/1.png", "1.png")
+
+    hooks, done, words = Run._hooks, [], ("train.train_steps=12", "train.save_step=100", "train.workers=0", "data.one.cache_latents=none")
+    _, _, whole = train(*words)
+    monkeypatch.setattr(Run, "_hooks", lambda self: [*hooks(self), Thief()])
+    with pytest.raises(FeedError, match="images/1.png: the file is gone. Saved up to step ") as caught:
+        train(*words)
+    monkeypatch.setattr(Run, "_hooks", hooks)
+    (last,) = os.listdir("run1/states")
+    assert done[-1] == int(last) < 12 and f"Saved up to step {last}; to go on: mend it and start the same command with train.resume=run1" in str(caught.value)
+    assert caught.value.exit_code == 2 and os.path.exists(f"run1/ckpts/unet-{last}.safetensors")
+    os.rename("1.png", "images/1.png")
+    _, log, losses = train(*words, "train.resume=run1")
+    assert "resumed after step" in log and losses == whole
+
+
+def test_a_signal_is_answered_in_the_log(train, monkeypatch):
+    class Signal(Hook):
+        def __init__(self, stop):
+            self.stop = stop
+
+        def on_step_end(self, trainer):
+            if trainer.state.step == 1:
+                self.stop.told(2)
+
+    hooks = Run._hooks
+    monkeypatch.setattr(Run, "_hooks", lambda self: [*hooks(self), Signal(self.stop)])
+    assert "Ctrl+C (SIGINT): step 2 will be finished and saved; once more (3 s later or more) stops at once." in train()[1]
 
 
 def test_attention_kernels_agree(train):

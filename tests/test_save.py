@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_trainer import Place, toy
+from test_trainer import Lossy, Place, toy
 
 from hcpdiff.checkpoint import io
 from hcpdiff.checkpoint.resume import load_state, save_state
@@ -17,7 +17,7 @@ from hcpdiff.checkpoint.runs import SUMS as NAME
 from hcpdiff.checkpoint.runs import states
 from hcpdiff.checkpoint.sums import changed
 from hcpdiff.checkpoint.tidy import drop_weights, remove_leftovers, set_aside, surplus
-from hcpdiff.errors import CheckpointError, ConfigError, NonFiniteError
+from hcpdiff.errors import CheckpointError, ConfigError, FeedError, HCPError, NonFiniteError
 from hcpdiff.lora_tensors import LoraTensors
 from hcpdiff.loggers import Logger, LoggerGroup
 from hcpdiff.train.hooks import LogHook
@@ -342,6 +342,21 @@ def test_a_stop_that_cannot_save_is_an_error(tmp_path, monkeypatch):
     stop.signal = 15
     with pytest.raises(CheckpointError, match="step 1 could not be saved"):
         trainer.fit(stop)
+
+
+def test_a_batch_that_is_missing_after_a_save_saves_nothing_again_and_a_save_that_fails_is_told_beside_it(tmp_path, monkeypatch):
+    for missing, saved in ((4, ["2", "4"]), (3, ["2", "3"])):
+        trainer, lines, _ = saver(tmp_path / str(missing))
+        trainer.feed = Lossy(missing)
+        with pytest.raises(FeedError, match="^cat.jpg: the file is gone$"):
+            trainer.fit(StopRequest())
+        assert sorted(path.name for path in (tmp_path / str(missing) / "states").iterdir()) == saved and sum("saved" in line for line in lines) == 2
+    trainer, _, _ = saver(tmp_path / "full", on_save_error="continue", save_step=None)
+    trainer.feed = Lossy(3)
+    break_at(monkeypatch, errno.ENOSPC)
+    with pytest.raises(HCPError) as caught:
+        trainer.fit(StopRequest())
+    assert caught.value.faults[0] == "cat.jpg: the file is gone" and caught.value.faults[1].startswith("step 3 could not be saved: ") and len(caught.value.faults) == 2
 
 
 def test_a_folder_that_became_unusable_is_named(tmp_path):

@@ -2,6 +2,10 @@
 
 import math
 import os
+import signal
+import threading
+import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -13,7 +17,7 @@ from torch import nn
 
 from hcpdiff.checkpoint.resume import load_state, save_state
 from hcpdiff.checkpoint.runs import find_run, states
-from hcpdiff.errors import CheckpointError, ConfigError
+from hcpdiff.errors import CheckpointError, ConfigError, DataError, FeedError, Interrupted
 from hcpdiff.train import signals
 from hcpdiff.train.folder import check, claim
 from hcpdiff.train.optim import Gradients, optimizer_groups, weights_for_use
@@ -198,10 +202,6 @@ def test_every_tensor_of_the_probes_batch_has_memory_of_its_own_for_each_number(
 
 
 def test_a_signal_finishes_the_step_and_a_second_one_stops_at_once(monkeypatch):
-    import os
-    import signal
-    import time
-
     stops = []
 
     class Watch(Hook):
@@ -213,7 +213,7 @@ def test_a_signal_finishes_the_step_and_a_second_one_stops_at_once(monkeypatch):
             stops.append(trainer.state.step)
 
     trainer, _ = toy(steps=6, hooks=[Watch()])
-    with StopRequest() as stop, stop.patiently():
+    with StopRequest() as stop:
         assert trainer.fit(stop) is False
         assert stops == [3] and stop.signal == signal.SIGTERM
         while not stop._first:  # its thread has not seen the first one yet
@@ -223,6 +223,88 @@ def test_a_signal_finishes_the_step_and_a_second_one_stops_at_once(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(30)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("first, told", [(True, []), (False, [(15, 2)])], ids=["in_the_first_step", "later"])
+def test_a_signal_is_answered_at_once_while_its_step_goes_on_and_ends_a_run_that_has_nothing_to_keep(first, told):
+    """From the thread that hears of it: the step may take minutes."""
+    answers, answered = [], threading.Event()
+
+    def answer(number):
+        answers.append((number, trainer.state.step + 1))
+        answered.set()
+
+    trainer, _ = toy(steps=6)
+    plain, left = trainer.loss, [2, 1] if not first else [0, 3]  # micro-batches before the signal, and those of its step after it
+
+    def loss(batch):
+        left[0] -= 1
+        if left[0] == -1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            answered.wait(0 if first else 30)
+        return plain(batch)
+
+    trainer.loss = loss
+    with StopRequest() as stop:
+        stop.told = answer
+        with pytest.raises(Interrupted, match="stopped by SIGTERM") if first else nullcontext():
+            assert trainer.fit(stop) is False
+    assert answers == told and trainer.state.step == (0 if first else 2)
+
+
+def test_a_first_signal_that_meets_a_long_call_outside_of_steps_stops_the_run_after_it(monkeypatch):
+    """Its thread hears of it before Python's handler: the run still ends with its reason, and not first by force."""
+    heard = threading.Event()
+    arrived = StopRequest._arrived
+    monkeypatch.setattr(StopRequest, "_arrived", lambda self, number: (arrived(self, number), heard.set()))
+    with StopRequest() as stop, pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        came = stop._came
+        signal.signal(signal.SIGTERM, lambda number, frame: (heard.wait(30), came(number, frame)))  # as late as after a call that takes seconds
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Lossy(ToyFeed):
+    """Cannot make the batches of the step with the (0-based) number `missing`."""
+
+    def __init__(self, missing):
+        super().__init__()
+        self.missing = missing
+
+    def batches(self, start, rank, world, first_index, count):
+        for item in super().batches(start, rank, world, first_index, count):
+            if item[0] == self.missing:
+                raise DataError("cat.jpg: the file is gone")
+            yield item
+
+
+@pytest.mark.parametrize("lag", [False, True])
+@pytest.mark.parametrize("missing, told", [(0, []), (4, [4])])
+def test_a_batch_that_cannot_be_made_ends_the_run_after_what_was_done_is_told(lag, missing, told):
+    faults = []
+
+    class Watch(Hook):
+        def on_fault(self, trainer):
+            trainer.settle()
+            faults.append(trainer.state.step)
+
+    trainer, weight = toy(steps=6, hooks=[Watch()], lag=lag)
+    trainer.feed = Lossy(missing)
+    with pytest.raises(FeedError, match="cat.jpg: the file is gone"):
+        trainer.fit(StopRequest())
+    twin, other = toy(steps=missing)
+    twin.fit(StopRequest())
+    assert faults == told and torch.equal(weight, other) and trainer.pending is None
+
+
+def test_an_error_of_a_step_is_none_of_its_batch():
+    def fail(batch):
+        raise DataError("in the step")
+
+    trainer, _ = toy(steps=6, hooks=[Hook()])
+    trainer.loss = fail
+    with pytest.raises(DataError) as caught:
+        trainer.fit(StopRequest())
+    assert type(caught.value) is DataError
 
 
 def test_a_signal_in_the_last_step_changes_nothing():

@@ -199,7 +199,7 @@ class DiskStore:
         """One entry. Every read is checked against the entry's digest."""
         entry = self._entry(image, self.data.views(image)[view], self.digests[image])
         if entry is None:
-            raise DataError(f"{self.packs.folder}: the latents of {self.data.image_id(image)} were damaged or removed while training. Start again: they are made anew.")
+            raise DataError(f"{self.packs.folder}: the latents of {self.data.image_id(image)} were damaged or removed while training. They are made anew at the next start.")
         return entry
 
     def _entry(self, image: int, view: View, digests: Digests) -> Entry | None:

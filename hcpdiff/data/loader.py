@@ -76,8 +76,7 @@ def _by_workers(steps: Iterator[tuple[Step, list[Position]]], maker: BatchMaker,
         while waiting:
             yield _arrived(*waiting.popleft(), attach)
     except BrokenProcessPool as error:
-        raise HCPError("a process that loads images has ended. Was it killed because the main memory was full? Lower train.workers, or set cache_latents, which needs none. "
-                       "What was saved is whole.") from error
+        raise HCPError("a process that loads images has ended. Was it killed because the main memory was full? Lower train.workers, or set cache_latents, which needs none.") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -159,7 +159,7 @@ def load_views(data: TrainDataset, image: int, views: Sequence[View], factor: in
         raise DataError(f"{shown(path)}: {reason(error, path)}") from error
     if whole.size != data.size_of(image):
         was = "{} x {}".format(*data.size_of(image))
-        raise DataError(f"{shown(path)}: was changed after the start: {whole.width} x {whole.height} now, {was} then. Start again.")
+        raise DataError(f"{shown(path)}: was changed after the start: {whole.width} x {whole.height} now, {was} then. Put it back as it was, or start again.")
     return [(pixels.fit(whole, view), None if mask is None else pixels.fit_mask(mask, whole.size, view, factor)) for view in views]
 
 

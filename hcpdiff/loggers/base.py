@@ -1,5 +1,6 @@
 """The contract of a logger; every method is a no-op here, so that a logger implements what it shows."""
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,24 +54,26 @@ class Logger:
 
 def _each(name: str):
     def call(self, *args, **kwargs) -> None:
-        for logger in self.loggers:
-            try:
-                getattr(logger, name)(*args, **kwargs)
-            except BrokenPipeError:  # nobody reads our output any more: the command line ends for it
-                raise
-            except OSError as error:
-                self._failed(logger, error)
+        with self.turn:
+            for logger in self.loggers:
+                try:
+                    getattr(logger, name)(*args, **kwargs)
+                except BrokenPipeError:  # nobody reads our output any more: the command line ends for it
+                    raise
+                except OSError as error:
+                    self._failed(logger, error)
 
     return call
 
 
 class LoggerGroup(Logger):
-    """Several loggers as one. One that cannot write any more (a full disk) is told of once, by the others: it is no reason to lose a run."""
+    """Several loggers as one. One that cannot write any more (a full disk) is told of once, by the others: it is no reason to lose a run.
+    Threads take turns."""
 
     def __init__(self, loggers: Sequence[Logger]):
         if not all(isinstance(logger, Logger) for logger in loggers):
             raise ConfigError("logger: LoggerGroup is not for configs: list the loggers themselves.")
-        self.loggers, self.told = list(loggers), set()
+        self.loggers, self.told, self.turn = list(loggers), set(), threading.RLock()
 
     def open(self, folder: Path, first_step: int, total_steps: int) -> None:
         """As `Logger.open`; what cannot be written at the start is an HCPError."""

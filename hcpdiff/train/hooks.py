@@ -49,6 +49,9 @@ class LogHook(Hook):
     def on_nonfinite(self, trainer: Trainer) -> None:
         self.flush(trainer)
 
+    def on_fault(self, trainer: Trainer) -> None:
+        self.flush(trainer)
+
     def flush(self, trainer: Trainer) -> None:
         """Writes what has been recorded since the last call, up to the last step. A step that changed nothing is recorded with the numbers that it had, NaN or infinite."""
         self._write(trainer, trainer.take_records())

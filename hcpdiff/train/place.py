@@ -68,14 +68,14 @@ class RunPlace:
             text = re.sub(r"^exp_dir:.*$", lambda _: f"exp_dir: {json.dumps(str(self.folder))}", text, flags=re.MULTILINE)
         write_atomic(self.folder / name, lambda file: file.write(text.encode("utf-8")))
 
-    def how_to_go_on(self) -> str:
-        """For a run that ends early: what is there, and the command."""
+    def how_to_go_on(self, mended: bool = False) -> str:
+        """For a run that ends early: what is there, and the command. mended: whether what ended it has to be mended before."""
         if self.folder is None:
             return "No run folder was made; latents in a disk cache are kept."
         saved = states(self.folder)
         if not saved:
             return f"Nothing was saved yet: {self.folder} may be removed."
-        return f"Saved up to step {saved[-1]}; to go on: the same command with train.resume={self.folder}"
+        return f"Saved up to step {saved[-1]}; to go on: {'mend it and start ' if mended else ''}the same command with train.resume={self.folder}"
 
     def release(self) -> None:
         """Lets the lock go."""

@@ -15,7 +15,7 @@ from ..config.schema import RunConfig
 from ..data.dataset import build_train_data
 from ..data.fingerprint import fingerprint as data_fingerprint
 from ..data.plan import Position
-from ..errors import ConfigError, HCPError, Interrupted, collect
+from ..errors import ConfigError, FeedError, HCPError, Interrupted, collect, signal_name
 from ..families.base import DENOISER, denoiser_of, text_components
 from ..loggers import LoggerGroup
 from ..trainables.lora import lay_groups
@@ -34,7 +34,7 @@ from .place import RunPlace
 from .previews import Drawing, PreviewHook, check_previews, encode_ahead
 from .probe import probe
 from .save import SaveHook, SavePolicy
-from .signals import StopRequest
+from .signals import PATIENCE, StopRequest
 from .state import restore
 from .trainer import Trainer
 
@@ -70,12 +70,12 @@ class Run:
             self._report(trainer.state.step)
             self._cache(trainer)
             self._place_models()
-            with self.stop.patiently():  # from here on there is something to keep: a step is finished and saved
-                self._make_folder(trainer.state.step)
-                trainer.hooks += self._hooks()
-                self._first_pass(trainer)
-                self.phase = "training"
-                finished = trainer.fit(self.stop)
+            self._make_folder(trainer.state.step)
+            trainer.hooks += self._hooks()
+            self._first_pass(trainer)
+            self.phase = "training"
+            self.stop.told = functools.partial(self._answer, trainer)
+            finished = trainer.fit(self.stop)
             self._say_the_end(finished, trainer.state.step)
         except torch.OutOfMemoryError as error:
             raise HCPError(f"out of memory while {self.phase}. {less_memory(self.cfg, self.phase)}") from error
@@ -84,6 +84,9 @@ class Run:
             if lost is None:
                 raise
             raise lost from error
+        except FeedError as error:
+            last = error.faults[-1]
+            raise FeedError([*error.faults[:-1], f"{last}{'' if last.endswith('.') else '.'} {self.place.how_to_go_on(mended=True)}"]) from error
         except Interrupted as error:
             error.args = (f"{error.args[0]} while {self.phase}. {self.place.how_to_go_on()}",)
             raise
@@ -91,6 +94,11 @@ class Run:
             self.log.close()
             self.place.release()
         return 0 if finished else self._signal_code()
+
+    def _answer(self, trainer: Trainer, number: int) -> None:
+        """Says at once what becomes of a signal, from a thread: its step may take minutes. A device that works ahead of the host gets one step further."""
+        last = min(trainer.state.step + 1 + trainer.lag, self.total_steps)
+        self.log.say(f"{signal_name(number)}: step {last} will be finished and saved; once more ({PATIENCE:.0f} s later or more) stops at once.")
 
     def _say_the_end(self, finished: bool, step: int) -> None:
         self.log.say(f"{'done' if finished else 'stopped'}: step {step} after {time.monotonic() - self.started:.0f} s, peak memory {machine.peak_memory(self.device)}. "

@@ -33,7 +33,7 @@ class SavePolicy:
 
 
 class SaveHook(Periodic):
-    """Every `save_step` steps, at the end, and when a signal came. Rank 0 writes; nobody waits.
+    """Every `save_step` steps, at the end, when a signal came, and when a batch cannot be made. Rank 0 writes; nobody waits.
 
     `written` are the weight files that this run made and has not deleted: step -> path below the run folder -> checksum. It is part of
     every state, so that a resumed run deletes what the one before it wrote and nothing else.
@@ -48,6 +48,9 @@ class SaveHook(Periodic):
         self.written = {int(step): dict(files) for step, files in (written or {}).items()}
 
     def on_stop(self, trainer: Trainer) -> None:
+        self._last(trainer)
+
+    def on_fault(self, trainer: Trainer) -> None:
         self._last(trainer)
 
     def on_end(self, trainer: Trainer) -> None:

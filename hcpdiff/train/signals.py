@@ -27,11 +27,13 @@ class StopRequest:
     """Used as a context manager around a run; `signal` is the number of the signal that came, or 0.
 
     Outside of `patiently` the first signal raises Interrupted, and inside it is noted. A later one raises Interrupted anywhere; a process that is still there
-    after `UNWIND` seconds is ended. `looks` are functions that the thread calls once a second.
+    after `UNWIND` seconds is ended. `looks` are functions that the thread calls once a second; `told`, if there is one, is called with the number of a signal that is
+    noted, as soon as it has come, in a thread of its own: who answers may have to wait for a terminal.
     """
 
     def __init__(self):
         self.signal, self.looks = 0, []
+        self.told: Callable[[int], object] | None = None
         self._first = self._forced = self._patient = self._leaving = self._done = False
         self._before, self._deadline, self._thread = {}, None, None
         self._sending, self._number, self._own, self._sent = threading.Lock(), 0, 0, 0.0
@@ -83,6 +85,10 @@ class StopRequest:
     def leave(self, code: int, why: str = "") -> None:
         """This process is ending: a first wish means nothing any more, and after `UNWIND` seconds the process is ended with `code`, saying `why`. For any thread."""
         self._leaving = True
+        self._end_by_force(code, why)
+
+    def _end_by_force(self, code: int, why: str) -> None:
+        """After `UNWIND` seconds, unless that is to come already."""
         if self._deadline is None:
             self._deadline = (time.monotonic() + UNWIND, code, why)
 
@@ -118,8 +124,10 @@ class StopRequest:
         now = time.monotonic()
         if not self._first:
             self._first, self._number = now, number
+            if self._patient and self.told is not None:
+                threading.Thread(target=self.told, args=(number,), name="hcpdiff-told", daemon=True).start()
             if not self._patient and not self._leaving:
-                self.leave(128 + number, SLOW)
+                self._end_by_force(128 + number, SLOW)  # no more than that: the handler, if it has not run yet, is to raise
         elif now - self._first > PATIENCE and not self._forced:
             self._first = now
             self.leave(128 + self._number, SLOW)

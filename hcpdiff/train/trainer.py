@@ -1,8 +1,8 @@
 """The loop. It knows batches, a loss, gradients, an optimizer and hooks; it knows no model."""
 
 import math
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.shadow import Shadow
-from ..errors import HCPError, NonFiniteError
+from ..errors import FeedError, HCPError, NonFiniteError
 from .optim import Gradients, set_lr
 from .parallel import Parallel
 from .signals import StopRequest
@@ -35,6 +35,9 @@ class Hook:
 
     def on_nonfinite(self, trainer: "Trainer") -> None:
         """Before the run ends because too many steps in a row were not finite."""
+
+    def on_fault(self, trainer: "Trainer") -> None:
+        """Before the run ends because this process cannot make its next batch, if it has finished a step since it started. Nobody else is here: no collectives."""
 
 
 class Feed(Protocol):
@@ -94,18 +97,39 @@ class Trainer:
         self.beside = 0.0  # seconds that hooks took for saves and previews: no step's time
 
     def fit(self, stop: StopRequest) -> bool:
-        """Trains to the end, or to the end of the step in which any process was asked to stop (the next one with `lag`); whether it is the end."""
+        """Trains to the end, or to the end of the step in which any process was asked to stop (the next one with `lag`); whether it is the end.
+
+        A signal in the first step of a run of one process raises Interrupted, for there is nothing to keep yet. FeedError: a batch cannot be made.
+        """
         feed = self.feed.batches(self.state.positions, self.parallel.rank, self.parallel.world, self.state.step, self.total_steps - self.state.step)
-        with closing(feed):  # now, and not when an error that holds it is forgotten
-            if not self._steps(feed, stop):
-                return False
-        self._learn()
-        self._tell("on_end")
+        with ExitStack() as patience:
+            if self.parallel.world > 1:  # all end after the same step, also if it is the first
+                patience.enter_context(stop.patiently())
+            with closing(feed):  # now, and not when an error that holds it is forgotten
+                if not self._steps(self._made(feed, self.state.step), stop, patience):
+                    return False
+            self._learn()
+            self._tell("on_end")
         return True
 
-    def _steps(self, feed: Iterable[tuple[Any, list, list]], stop: StopRequest) -> bool:
-        """Whether none of them was the last by a wish."""
-        state, epoch = self.state, None
+    def _made(self, feed: Iterable[tuple[Any, list, list]], first: int) -> Iterator[tuple[Any, list, list]]:
+        """What the feed gives. Where it fails, the steps since `first` are kept before that goes on."""
+        try:
+            yield from feed
+        except HCPError as error:  # the feed's: what a step raises does not come by here
+            if self.state.step > first:
+                self._keep(error)
+            raise FeedError(error.faults) from error
+
+    def _keep(self, lost: HCPError) -> None:
+        try:
+            self._tell("on_fault")
+        except HCPError as error:
+            raise HCPError([*lost.faults, *error.faults]) from lost
+
+    def _steps(self, feed: Iterable[tuple[Any, list, list]], stop: StopRequest, patience: ExitStack) -> bool:
+        """Whether none of them was the last by a wish. From the first one's end on there is something to keep, and `patience` is entered."""
+        state, epoch, patient = self.state, None, False
         for step, after, micro in feed:
             if state.positions[0].epoch != epoch:
                 epoch = state.positions[0].epoch
@@ -113,6 +137,9 @@ class Trainer:
             self._step(step, micro, stop)
             stopped = self.stopping  # before a hook looks ahead of the other ranks
             state.step, state.positions = state.step + 1, after
+            if not patient:
+                patient = True
+                patience.enter_context(stop.patiently())
             self._tell("on_step_end")
             if stopped and state.step < self.total_steps:
                 self._tell("on_stop")
