@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from . import cli
@@ -78,14 +79,14 @@ def check_folder(loaded) -> None:
     looked at again, with locks, when the run has its models."""
     from .checkpoint.runs import find_run
     from .errors import ConfigError, HCPError
-    from .train import folder, lock
+    from .train import folder
+    from .train.lock import refuse_busy
 
     cfg = loaded.config
     try:
         if cfg.train.resume:
-            run, _ = find_run(cfg.train.resume)
-            if lock.is_held(run):
-                raise ConfigError(lock.busy(run))
+            refuse_busy(Path(cfg.train.resume))  # before what it holds is looked at: a run at work may have saved nothing yet
+            refuse_busy(find_run(cfg.train.resume)[0])
         else:
             folder.check(cfg.exp_dir, "exp_dir" in loaded.timed)
     except HCPError as error:

@@ -395,6 +395,13 @@ def test_kept_prompts_are_what_encoding_afresh_gives_under_each_setting(text):
     assert seen[1, 0].shape != seen[2, 0].shape and not torch.allclose(seen[1, 0], seen[1, 1])
 
 
+def test_every_prompt_that_is_encoded_is_counted(text):
+    seen = []
+    with torch.no_grad():
+        FrozenText(TextEncoder(text, 1, 0), ahead("a cat", "a dog", "a hen"), torch.device("cpu")).ahead(None, 1, lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (3, 3)
+
+
 def test_where_the_device_has_no_room_for_the_encoder_in_a_step_the_cpu_encodes_and_it_is_said(text):
     class Crowded(TextEncoder):
         failing = 1

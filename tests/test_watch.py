@@ -471,7 +471,7 @@ def test_the_time_of_previews_and_saves_is_no_steps_time(monkeypatch, lag):
 def test_a_first_step_that_compiles_gives_no_speed_and_no_time_left(monkeypatch):
     clock, said = Clock(monkeypatch, first=105.0), Said()
     clock.ticks(make(steps=6, hooks=[LogHook(said, 3, 3, compiles=True)])).fit(StopRequest())
-    assert said.lines == ["step 1 took 105 s, most of it compiling"]
+    assert said.lines == ["step 1 took 105 s, compiling included"]
     assert not {"speed", "left"} & set(said.progressed[0]) and said.progressed[1]["speed"] == pytest.approx(0.5) and said.progressed[1]["left"] == pytest.approx(6)
     assert progress_line(1, 6, said.progressed[0]).startswith("step 1/6  epoch 0.33  loss ") and "left" not in progress_line(1, 6, said.progressed[0])
 

@@ -67,9 +67,9 @@ class FrozenText(Hook):
         probed = [] if self.device.type == "cpu" else [BLANK]
         with self.working(device):
             first = next(iter(self.data.prompts_ahead(positions, steps, 1, *self.share)[0]), BLANK)  # a rank may have nothing to do
-            self.cache.fill([first], keep=True)
+            alone = self.cache.fill([first], keep=True)  # shows how large they are
             prompts, self.whole = self.data.prompts_ahead(positions, steps, self.held // self.cache.items[first].nbytes, *self.share)
-            self.cache.fill([*probed, *prompts], progress=progress)
+            self.cache.fill([*probed, *prompts], progress=progress and (lambda done, total: progress(alone + done, alone + total)))
 
     def _ahead_in_a_step(self) -> None:
         """As `ahead`, beside all that a step holds. Where the device has no room left the CPU encodes: slow, and other in the last bits as other devices are, but a run

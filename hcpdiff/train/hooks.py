@@ -31,7 +31,7 @@ class LogHook(Hook):
         step = trainer.state.step
         self.logger.advance(step)
         if self.compiles and self.first:
-            self.logger.say(f"step {step} took {time.monotonic() - self.since:.0f} s, most of it compiling")
+            self.logger.say(f"step {step} took {time.monotonic() - self.since:.0f} s, compiling included")
         self._write_what_is_due(trainer)
         if step == trainer.total_steps:
             self.flush(trainer)

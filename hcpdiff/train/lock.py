@@ -71,6 +71,12 @@ def is_held(folder: Path) -> bool:
     return False
 
 
+def refuse_busy(folder: Path) -> None:
+    """ConfigError where a run is at work in the folder; a run that wants to work there looks again, with the lock."""
+    if is_held(folder):
+        raise ConfigError(busy(folder))
+
+
 def _held(error: OSError) -> bool:
     return error.errno in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, errno.EDEADLK)
 
