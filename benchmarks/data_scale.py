@@ -103,7 +103,7 @@ def fill_cache(data, cache: Path) -> None:
     payloads = [safetensors.torch.save({name: torch.zeros(4, height // 8, width // 8) for name in ("mean", "std")}) for width, height in one.bucket_sizes]
     digests = [pack.payload_digest(payload) for payload in payloads]
     ends = [0, *itertools.accumulate(map(len, payloads))]
-    store = DiskStore(cache, one, "vae", 8)
+    store = DiskStore(cache, one, "vae", 8, 4)
     store.digests = {image: (draws.randbytes(32), None) for image in range(len(one))}
     store.packs.folder.mkdir(parents=True)
     for part in range(20):

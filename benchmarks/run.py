@@ -7,7 +7,7 @@
     python benchmarks/run.py --write                  # also puts the table into docs/performance.md
 
 Each figure is a ratio against a named reference in the same run: pairs in turn, median and range. Nothing else should run on the machine. Benchmarks are sorted
-by how much they tell, those of a GPU above all: where time is lent in pieces, --keep goes on where the piece before ended.
+by how much they tell, those of a GPU above all: where time comes in pieces, --keep goes on where the piece before ended.
 """
 
 import argparse
