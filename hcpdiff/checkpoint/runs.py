@@ -31,6 +31,7 @@ def _hint(run: Path) -> str:
 
 
 def some_states(run: Path) -> list[int]:
+    """As `states`; ConfigError, which says where else to look, where there is none."""
     steps = states(run)
     if not steps:
         raise ConfigError(f"train.resume = {str(run)!r} holds no training state (states/<step>/). It was never saved, or this is no run folder{_hint(run)}.")
