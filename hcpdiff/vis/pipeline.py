@@ -101,14 +101,15 @@ def sample(pipe, positive: Conditioning, negative: Conditioning, seeds: Sequence
     prompts = {"prompt_embeds": positive.hidden, "negative_prompt_embeds": negative.hidden}
     if positive.pooled is not None:
         prompts |= {"pooled_prompt_embeds": positive.pooled, "negative_pooled_prompt_embeds": negative.pooled}
-    fixed = {"latents": noise.to(pipe.unet.dtype), "generator": draws, "width": width, "height": height, "output_type": "latent", "return_dict": False}
+    dtype = pipe.unet.dtype  # diffusers walks through all modules for it
+    fixed = {"latents": noise.to(dtype), "generator": draws, "width": width, "height": height, "output_type": "latent", "return_dict": False}
     try:
         latents = pipe(**prompts, **fixed, **args)[0]
     except ValueError as error:  # what samplers and pipelines raise for arguments that do not go together
         raise ConfigError(f"the sampler {type(pipe.scheduler).__name__} cannot be run with these infer_args and new_components: {error}") from error
     lost = [seed for seed, latent in zip(seeds, latents) if not latent.isfinite().all()]
     if lost:
-        raise ConfigError(f"the UNet gave values that are not finite (seed {', '.join(map(str, lost))}) in {pipe.unet.dtype}: use dtype=bf16 or dtype=fp32.")
+        raise ConfigError(f"the UNet gave values that are not finite (seed {', '.join(map(str, lost))}) in {dtype}: use dtype=bf16 or dtype=fp32.")
     return latents
 
 
@@ -117,8 +118,8 @@ def decode(pipe, latents: Tensor) -> Drawn:
     """Latents (B,C,h,w) -> PIL images. What comes out of a half-precision VAE black or not finite is decoded again in fp32."""
     pixels = vae_decode(pipe.vae, latents)
     broken = [n for n, picture in enumerate(pixels) if not picture.isfinite().all() or picture.max() <= BLACK]
-    dtype, redecoded = pipe.vae.dtype, False
-    if broken and dtype != torch.float32:
+    redecoded = False
+    if broken and (dtype := pipe.vae.dtype) != torch.float32:
         cast(pipe.vae, torch.float32)
         try:
             pixels[broken] = vae_decode(pipe.vae, latents[broken])
@@ -135,8 +136,9 @@ def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
 
 def vae_decode(vae, latents: Tensor) -> Tensor:
     """Scaled latents (B,C,h,w) -> pixels (B,3,H,W), about [-1,1], fp32."""
-    shift, scale = (torch.as_tensor(value, dtype=vae.dtype, device=latents.device) for value in latent_affine(vae.config))
-    z = latents.to(vae.dtype) / scale + shift
+    dtype = vae.dtype
+    shift, scale = (torch.as_tensor(value, dtype=dtype, device=latents.device) for value in latent_affine(vae.config))
+    z = latents.to(dtype) / scale + shift
     return vae.decode(z, return_dict=False)[0].float()
 
 
