@@ -137,8 +137,8 @@ class InferConfig:
                                           "A scheduler takes what it leaves out from the model's own.",
                                           "用 _target_ 替换模型部件：scheduler、vae、unet、text_encoder、tokenizer（SDXL 还有 text_encoder_2、tokenizer_2）。scheduler 未写的参数取自底模。", slot="component")
 
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "Compute precision. auto: bf16 or fp16 on a GPU, fp32 on a CPU. LoRA factors stay fp32.",
-                                                         "计算精度。auto：GPU 用 bf16 或 fp16，CPU 用 fp32。LoRA 权重保持 fp32。")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "Compute precision. auto: bf16 or fp16 on a GPU, fp32 on CPUs and Apple GPUs. LoRA factors stay fp32.",
+                                                         "计算精度。auto：GPU 用 bf16 或 fp16，CPU 与苹果 GPU 用 fp32。LoRA 权重保持 fp32。")
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps, xpu.", "auto、cpu、cuda、cuda:1、mps、xpu。")
     attention: Literal["auto", "sdpa", "xformers", "eager"] = key("auto", "Attention kernel. auto: torch's scaled_dot_product_attention.", "注意力实现。auto 为 torch 的 SDPA。")
     cpu_threads: int | Literal["auto"] = key("auto", "Threads of torch on the CPU. auto: all cores.", "CPU 线程数。auto 为全部核心。", ge=1)

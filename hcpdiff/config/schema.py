@@ -309,8 +309,8 @@ class RunConfig:
     exp_dir: str = key("exps/${hcp.time:}", "The run folder.", "输出文件夹。", path=True)
     seed: int = key(42, "Seed of everything random in the run.", "整个训练的随机种子。", ge=0)
     mixed_precision: Literal["auto", "bf16", "fp16", "fp32", "no"] = key(
-        "auto", "Compute precision. auto: bf16 where the device is fast at it, else fp16 on a GPU, else fp32. LoRA weights are always fp32.",
-        "计算精度。auto：硬件支持时用 bf16，否则 GPU 用 fp16，CPU 用 fp32。LoRA 权重始终为 fp32。", meant=FORMATS)
+        "auto", "Compute precision. auto: bf16 where the device is fast at it, else fp16 on a GPU, else fp32 (CPUs and Apple GPUs). no: the same as fp32. LoRA weights are always fp32.",
+        "计算精度。auto：硬件支持时用 bf16，否则 GPU 用 fp16，CPU 与苹果 GPU 用 fp32。no 等同 fp32。LoRA 权重始终为 fp32。", meant=FORMATS)
     allow_tf32: bool = key(True, "TF32 matrix products on NVIDIA GPUs.", "在 NVIDIA GPU 上使用 TF32。")
     model: ModelConfig = key(doc="The base model.", zh="底模。")
     lora_unet: list[LoraGroup] | None = key(None, "LoRA groups of the UNet. null: none.", "UNet 的 LoRA 分组；null 为不加。")
