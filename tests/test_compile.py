@@ -3,6 +3,8 @@ the same autograd as inductor without writing kernels; inductor itself is tried 
 
 import logging
 import re
+import threading
+import time
 
 import pytest
 import run_help
@@ -177,7 +179,8 @@ def weights(run):
     return {f"{path.name}/{name}": tensor for path in (run.folder / "ckpts").glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def compare_runs(train):
+def compare_runs(train, monkeypatch):
+    monkeypatch.setattr(compiled, "EVERY", 0.05)
     eager, _ = train("eager")
     ours, log = train("compiled", "model.compile=true", "model.gradient_checkpointing=true")
     expected, got = weights(eager), weights(ours)
@@ -187,7 +190,8 @@ def compare_runs(train):
     pictures = [[Image.open(path).tobytes() for path in sorted((run.folder / "previews").iterdir())] for run in (eager, ours)]
     assert len(pictures[0]) == 2 and max(abs(a - b) for sides in zip(*pictures) for a, b in zip(*sides)) <= 1
     assert re.search(r"compiled .*3 CLIPEncoderLayer", log)
-    said = [line.split(" ", 2)[2] for line in log.splitlines() if re.search(r" (compiling:|step 1 took|step 1/|step 2/)", line)]
+    assert re.search(r"still compiling: \d+ s so far", log) and threads() == []
+    said = [line.split(" ", 2)[2] for line in log.splitlines() if re.search(r"\d (compiling:|step 1 took|step 1/|step 2/)", line)]
     assert said[0] == "compiling: the first step may take minutes" and re.fullmatch(r"step 1 took \d+ s, compiling included", said[1])
     assert "steps/s" not in said[2] and "left" not in said[2] and "steps/s" in said[3]  # of the first step no speed can be told
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
@@ -198,7 +202,7 @@ def test_a_compiled_run_writes_what_an_uncompiled_one_writes(train, monkeypatch)
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
     monkeypatch.setattr(machine, "check_compiler", lambda device, key: None)
     monkeypatch.setattr(StableDiffusion, "blocks", frozenset({"CLIPEncoderLayer"}))
-    compare_runs(train)
+    compare_runs(train, monkeypatch)
 
 
 @pytest.mark.parametrize("text", [True, False])
@@ -213,9 +217,58 @@ def test_a_run_compiles_every_block_that_gradients_go_through(train, monkeypatch
     assert {(full, dynamic) for _, full, dynamic in asked} == {(True, False)}  # all pictures of one size
 
 
+def slow(seconds):
+    """A compiler that takes its time."""
+    def backend(graph, inputs):
+        time.sleep(seconds)
+        return graph.forward
+
+    return backend
+
+
+def threads():
+    return [thread.name for thread in threading.enumerate() if thread.name == compiled.HEARTBEAT]
+
+
+def test_a_long_compilation_is_told_again_and_again_and_leaves_no_thread():
+    said, x = [], torch.ones(3)
+    torch.compile(lambda x: x + 1, backend=slow(0.0))(x)  # what it takes once
+    with compiled.heartbeat(lambda line: said.append((line, time.monotonic())), every=0.5):
+        torch.compile(lambda x: x + 2, backend=slow(0.0))(x)
+        wait_for(lambda: threads() == [])
+        assert said == [], "what was short is no news"
+        began = time.monotonic()
+        for _ in range(2):  # one after the other
+            torch.compile(lambda x: x * 3, backend=slow(0.8))(x)
+        ended = time.monotonic()
+        wait_for(lambda: threads() == [])
+    assert len(said) >= 2 and all(re.fullmatch(r"still compiling: [12] s so far", line) for line, _ in said[-1:])
+    assert all(began < moment < ended + 0.5 for _, moment in said)
+    told = len(said)
+    torch.compile(lambda x: x - 1, backend=slow(0.8))(x)
+    assert len(said) == told and threads() == [], "afterwards nobody listens"
+
+
+def wait_for(true, patience=20.0):
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < patience
+        time.sleep(0.02)
+
+
+def test_a_fault_while_it_compiles_ends_the_heartbeat():
+    def backend(graph, inputs):
+        time.sleep(0.15)
+        raise NotImplementedError
+
+    with pytest.raises(RuntimeError), compiled.heartbeat(lambda line: None, every=0.05):
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(3))
+    assert threads() == []
+
+
 @pytest.mark.long
-def test_a_run_compiled_by_inductor_writes_what_an_uncompiled_one_writes(train):
-    compare_runs(train)
+def test_a_run_compiled_by_inductor_writes_what_an_uncompiled_one_writes(train, monkeypatch):
+    compare_runs(train, monkeypatch)
 
 
 def test_a_missing_compiler_is_told_beside_the_other_faults(train, monkeypatch):

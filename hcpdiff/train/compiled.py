@@ -5,8 +5,10 @@ between them stays as it is, gradient checkpointing included, whose borders are 
 modes would all have to be compiled for a few steps each.
 """
 
+import threading
+import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -19,6 +21,8 @@ from ..families.base import Models
 
 SPARE = 4  # compilations a shape and region beyond the one that is expected: the first pass of a size that turns out to be 1, a mode that changes
 BACKEND = "inductor"
+EVERY = 30.0  # seconds between two lines on a compilation that goes on
+HEARTBEAT = "hcpdiff-compiling"  # name of the thread
 
 
 def check_compile(model: ModelConfig, device: torch.device) -> None:
@@ -56,6 +60,63 @@ def eagerly(compiled: bool) -> Iterator[None]:
     """Nothing is compiled, and nothing that is compiled is used. compiled: whether anything is; else torch's compiler need not be imported."""
     with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
         yield
+
+
+@contextmanager
+def heartbeat(say: Callable[[str], None], every: float = 0.0) -> Iterator[None]:
+    """Inside, whatever is compiled for long is told every so many seconds, whenever that is: a step whose size needs kernels of its own compiles them in its turn."""
+    from torch._dynamo.callback import callback_handler
+
+    beat = _Heartbeat(say, every or EVERY)
+    callback_handler.register_start_callback(beat.begin)
+    callback_handler.register_end_callback(beat.end)
+    try:
+        yield
+    finally:
+        callback_handler.remove_start_callback(beat.begin)
+        callback_handler.remove_end_callback(beat.end)
+        beat.stop()
+
+
+class _Heartbeat:
+    """A thread that is there while blocks are compiled one after another, and gone when none has been for as long as it takes to the next line."""
+
+    def __init__(self, say: Callable[[str], None], every: float):
+        self.say, self.every = say, every
+        self.turn, self.over = threading.Lock(), threading.Event()
+        self.thread: threading.Thread | None = None
+        self.began, self.ended = 0.0, 0.0
+        self.compiling = False
+
+    def begin(self, told: object) -> None:
+        with self.turn:
+            self.compiling = True
+            if self.thread is None:
+                self.began = time.monotonic()
+                self.thread = threading.Thread(target=self._run, name=HEARTBEAT, daemon=True)
+                self.thread.start()
+
+    def end(self, told: object) -> None:
+        with self.turn:
+            self.compiling, self.ended = False, time.monotonic()
+
+    def stop(self) -> None:
+        """Returns when there is no thread any more."""
+        self.over.set()
+        thread = self.thread
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        while not self.over.wait(self.every):
+            with self.turn:
+                now = time.monotonic()
+                idle = 0.0 if self.compiling else now - self.ended
+                if idle >= self.every:
+                    self.thread = None
+                    return
+            if idle < self.every / 6:  # between two blocks the first of them is used
+                self.say(f"still compiling: {now - self.began:.0f} s so far")
 
 
 def compile_failed(error: RuntimeError) -> HCPError | None:

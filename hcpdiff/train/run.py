@@ -4,6 +4,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from ..loggers import LoggerGroup
 from ..trainables.lora import lay_groups
 from . import report
 from .base import BaseModel
-from .compiled import check_compile, compile_failed, compile_regions
+from .compiled import check_compile, compile_failed, compile_regions, heartbeat
 from .export import WebuiExport, check_export
 from .export_facts import export_facts
 from .hooks import LogHook
@@ -72,10 +73,11 @@ class Run:
             self._place_models()
             self._make_folder(trainer.state.step)
             trainer.hooks += self._hooks()
-            self._first_pass(trainer)
-            self.phase = "training"
-            self.stop.told = functools.partial(self._answer, trainer)
-            finished = trainer.fit(self.stop)
+            with heartbeat(self.log.say) if self.compiled else nullcontext():
+                self._first_pass(trainer)
+                self.phase = "training"
+                self.stop.told = functools.partial(self._answer, trainer)
+                finished = trainer.fit(self.stop)
             self._say_the_end(finished, trainer.state.step)
         except torch.OutOfMemoryError as error:
             raise HCPError(f"out of memory while {self.phase}. {less_memory(self.cfg, self.phase)}") from error
