@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import subprocess
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -373,6 +374,22 @@ def test_steps_that_change_nothing_push_no_good_state_out(tmp_path):
     lines = train(tmp_path, steps=8, bad={3, 4, 5}, save_step=1, keep_states=2)
     assert weights(tmp_path) == [f"unet-{step}.safetensors" for step in (1, 2, 3, 7, 8)]
     assert [line.split(":")[0] for line in lines if "is not saved" in line] == [f"step {step} is not saved" for step in (4, 5, 6)]
+
+
+@pytest.mark.parametrize("ending", ["end", "stop", "fault"])
+def test_a_due_step_that_changed_nothing_is_saved_all_the_same_where_the_run_ends_with_it(tmp_path, ending):
+    trainer, lines, _ = saver(tmp_path, steps=4 if ending == "end" else 8, bad={2, 3}, save_step=2)
+    stop = StopRequest()
+    if ending == "stop":
+        trainer.hooks.insert(0, SimpleNamespace(on_epoch_begin=lambda *a: None, on_stop=lambda t: None,
+                                                on_step_end=lambda t: setattr(stop, "signal", 2 if t.state.step == 3 else 0)))
+    elif ending == "fault":
+        trainer.feed = Lossy(4)
+        trainer.feed.bad = {2, 3}
+    with pytest.raises(FeedError) if ending == "fault" else nullcontext():
+        assert trainer.fit(stop) is (ending == "end")
+    assert states(tmp_path) == [2, 4] and weights(tmp_path) == ["unet-2.safetensors", "unet-4.safetensors"]
+    assert sum("step 4 is not saved" in line for line in lines) == (ending == "fault")  # of a fault nobody knows yet
 
 
 def test_a_weight_that_is_not_finite_is_never_saved(tmp_path):

@@ -461,6 +461,7 @@ def test_the_time_of_previews_and_saves_is_no_steps_time(monkeypatch, lag):
     class Slow(Periodic):
         def act(self, trainer):
             clock.now += 1000.0
+            return True
 
     clock.ticks(make(steps=12, lag=lag, hooks=[LogHook(said, 2, 3), Slow(1)])).fit(StopRequest())
     speeds = [values["speed"] for values in said.progressed]

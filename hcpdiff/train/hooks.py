@@ -114,7 +114,7 @@ class Usual:
 
 
 class Periodic(Hook):
-    """Does one thing every `every` steps (None: never) and at the end, once a step."""
+    """Does one thing every `every` steps (None: never) and at the end, once a step; what was not done is tried again where the run ends with that step."""
 
     def __init__(self, every: int | None):
         self.every, self.last = every, None
@@ -128,11 +128,11 @@ class Periodic(Hook):
 
     def _once(self, trainer: Trainer) -> None:
         if self.last != trainer.state.step:
-            self.last = trainer.state.step
             trainer.settle()
             began = time.monotonic()
-            self.act(trainer)
+            if self.act(trainer):
+                self.last = trainer.state.step
             trainer.beside += time.monotonic() - began
 
-    def act(self, trainer: Trainer) -> None:
-        """The thing itself."""
+    def act(self, trainer: Trainer) -> bool:
+        """The thing itself. Whether it is done, so that the end of the run need not do it again after the same step."""

@@ -72,8 +72,8 @@ class PreviewHook(Periodic):
         super().__init__(every)
         self.draw, self.run, self.logger, self.parallel = draw, run, logger, parallel
 
-    def act(self, trainer: Trainer) -> None:
-        """Draws with the weights as they are."""
+    def act(self, trainer: Trainer) -> bool:
+        """Draws with the weights as they are. Also done where it cannot be drawn: the same weights would not do better a moment later."""
         step, drawn, fault, began = trainer.state.step, [], "", time.monotonic()
         try:
             with weights_for_use(trainer.optimizer):
@@ -81,11 +81,13 @@ class PreviewHook(Periodic):
         except (HCPError, OSError) as error:  # a picture is no reason to lose a run
             fault = str(error)
         parts = self.parallel.gather((drawn, fault))
-        if not self.parallel.main:
-            return
-        fault = next((fault for _, fault in parts if fault), "")
-        images = [image for row in zip_longest(*(drawn for drawn, _ in parts)) for image in row if image is not None]
-        fault = fault or self._write(step, images)
+        if self.parallel.main:
+            fault = next((fault for _, fault in parts if fault), "")
+            images = [image for row in zip_longest(*(drawn for drawn, _ in parts)) for image in row if image is not None]
+            self._show(step, images, fault or self._write(step, images), began)
+        return True
+
+    def _show(self, step: int, images: Sequence, fault: str, began: float) -> None:
         if fault:
             self.logger.say(f"warning: the preview of step {step} could not be drawn: {fault}")
         else:

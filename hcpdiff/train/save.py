@@ -61,27 +61,33 @@ class SaveHook(Periodic):
         self.ending = True
         self._once(trainer)
 
-    def act(self, trainer: Trainer) -> None:
-        """Writes the checkpoint and the state of the step that is done. While steps change nothing there is nothing new, and older states are not to be pushed out."""
+    def act(self, trainer: Trainer) -> bool:
+        """Writes the checkpoint and the state of the step that is done. While steps change nothing there is nothing new, and older states are not to be pushed out;
+        but a run that ends is to be found at its last step."""
         if trainer.state.skipped_in_row and not self.ending:
-            self._exports(trainer)  # if the weights are the cause, the run ends here
-            self.log.logger.say(f"step {trainer.state.step} is not saved: loss or gradient was not finite in the last {trainer.state.skipped_in_row} steps, which changed nothing")
-            return
+            self._pass_over(trainer)
+            return False
         self.log.flush(trainer)
         self.log.logger.flush()  # before the mark: a run killed right after it goes on with the next step and would never log these
         try:
             paths = self._save(trainer)
         except CheckpointError as error:
-            self.last = None  # not done: the end tries it again
             self.written = {step: files for step, files in self.written.items() if files}
             fault = f"step {trainer.state.step} could not be saved: {' '.join(error.faults)}"
             if self.ending or self.policy.on_save_error == "stop":
                 raise CheckpointError(f"{fault} {self._what_is_there()}") from error
             self.log.logger.say(f"warning: {fault} Training goes on (train.on_save_error: continue). {self._what_is_there()}")
-            return
+            return False
         self.log.logger.say(f"saved {', '.join(str(path) for path in paths)}")
         for line in [*(self.export.take_notices() if self.export else ()), *self._drop_old()]:
             self.log.logger.say(line)
+        return True
+
+    def _pass_over(self, trainer: Trainer) -> None:
+        self._exports(trainer)  # if the weights are the cause, the run ends here
+        step, skipped = trainer.state.step, trainer.state.skipped_in_row
+        if step < trainer.total_steps and not trainer.stopping:  # else it is about to be saved as the last one
+            self.log.logger.say(f"step {step} is not saved: loss or gradient was not finite in the last {skipped} steps, which changed nothing")
 
     def _what_is_there(self) -> str:
         try:
