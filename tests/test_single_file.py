@@ -159,6 +159,18 @@ def test_copies_and_buffers_are_not_taken_for_weights(said, tmp_path, shapes):
     assert set(place.names("text_encoder").values()) == {name for name in shapes["sd1"] if name.startswith(CLIP)}
 
 
+@pytest.mark.parametrize("kind, more, words", [
+    ("sd1", ["cond_stage_model.transformer.encoder.layers.0.mlp.fc1.bias"],
+     "spells its text_encoder in two ways: 52 names begin with cond_stage_model.transformer.text_model., 1 do not, such as cond_stage_model.transformer.encoder.layers.0.mlp.fc1.bias"),
+    ("sdxl", ["conditioner.embedders.1.transformer.text_model.final_layer_norm.bias", "conditioner.embedders.0.transformer.final_layer_norm.bias"],
+     "spells its text_encoder_2 in two ways: 41 names begin with conditioner.embedders.1.model., 1 do not, such as conditioner.embedders.1.transformer.text_model."),
+])
+def test_a_part_in_two_spellings_is_refused_and_buffers_in_another_are_not(said, kind, more, words):
+    assert words in said(kind, dict.fromkeys(more, (1,)))
+    assert said(kind, dict.fromkeys(more, (1,))).count("in two ways") == len(more)
+    assert said("sd1", {"cond_stage_model.transformer.embeddings.position_ids": (1, 77)}) == ""
+
+
 def load_fault(path, part, kind, **options) -> str:
     with pytest.raises(HCPError) as caught:
         open_place(path, **options).load(type(make_parts(kind)[part]) if isinstance(kind, str) else kind, part, torch.float32)
