@@ -21,10 +21,15 @@ from hcpdiff.trainables.lora import ParamGroup
 
 
 class Feed:
-    """Each rank's number of the step."""
+    """Each rank's number of the step. lost: (ranks, step) whose batch cannot be made."""
+
+    def __init__(self, lost=None):
+        self.lost = lost
 
     def batches(self, start, rank, world, first_index, count):
         for step in range(first_index, first_index + count):
+            if self.lost and rank in self.lost[0] and step == self.lost[1]:
+                raise DataError("images/5.png: the file is gone")
             yield step, [SimpleNamespace(epoch=0, chunk=step + 1)], [SimpleNamespace(value=step * world + rank, prompts=["a"], target_size=torch.tensor([[64, 64]]))]
 
     def names(self, step, world):
@@ -40,8 +45,12 @@ class Saver(Hook):
     def on_stop(self, trainer):
         Path("saved").write_text(str(trainer.state.step))
 
+    def on_fault(self, trainer):
+        time.sleep(0.3)  # the other processes have long been waiting, or have ended
+        self.on_stop(trainer)
 
-def member(rank, fault=None, hooks=(), steps=6, before=None):
+
+def member(rank, fault=None, hooks=(), steps=6, before=None, lost=None, lag=None):
     """One process of a run, ended and told as train_ac does it. fault(rank, batch) is called in each micro-batch."""
     with StopRequest() as stop:
         parallel = Parallel()
@@ -56,9 +65,9 @@ def member(rank, fault=None, hooks=(), steps=6, before=None):
                 factor = fault(rank, batch) if fault else None
                 return ((weight - batch.value) ** 2).sum() * (1.0 if factor is None else factor)
 
-            trainer = Trainer(feed=Feed(), loss=loss, gradients=Gradients([group], torch.device("cpu")), optimizer=torch.optim.SGD(optimizer_groups([group], 1.0)),
+            trainer = Trainer(feed=Feed(lost), loss=loss, gradients=Gradients([group], torch.device("cpu")), optimizer=torch.optim.SGD(optimizer_groups([group], 1.0)),
                               lr_factor=lambda step: 1e-3, parallel=parallel, hooks=[*([Saver()] if parallel.main else []), *(make(parallel) for make in hooks)],
-                              total_steps=steps, max_grad_norm=None, max_nonfinite=2, fp16=False)
+                              total_steps=steps, max_grad_norm=None, max_nonfinite=2, fp16=False, lag=lag)
             trainer.state.positions = [SimpleNamespace(epoch=0, chunk=0)]
             finished = trainer.fit(stop)
             print("ended at", trainer.state.step, flush=True)
@@ -124,6 +133,17 @@ def previews(act):
             return [Picture(n) for n in range(4)[parallel.rank::parallel.world]]
         return PreviewHook(draw, Path("."), 2, SimpleNamespace(say=lambda line: print(line, flush=True), images=lambda *args: None), parallel)
     return make
+
+
+def drawn(parallel):
+    """Previews of steps 2, 4, 6: a collective in a step for which a process may have no batch."""
+    return previews(lambda rank: None)(parallel)
+
+
+def stop_at_3(rank, batch):
+    """A signal comes in the step before the one that is lost."""
+    if rank == 0 and batch.value // 2 == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def only(number, act):
@@ -225,6 +245,11 @@ ALL = {
     "well": (3, lambda rank: member(rank, hooks=[previews(lambda rank: None)]), None),
     "config": (3, lambda rank: member(rank, before=faulty_config), None),
     "data": (3, lambda rank: member(rank, at(1, 3, throw(DataError("images/3.png is damaged")))), None),
+    "lost_other": (2, lambda rank: member(rank, lost=([1], 3), hooks=[drawn]), None),
+    "lost_both": (2, lambda rank: member(rank, lost=([0, 1], 3), hooks=[drawn]), None),
+    "lost_lag": (2, lambda rank: member(rank, lost=([1], 3), lag=True, hooks=[drawn]), None),
+    "lost_last": (2, lambda rank: member(rank, lost=([0], 5), lag=True, hooks=[drawn]), None),
+    "lost_stopped": (2, lambda rank: member(rank, stop_at_3, lost=([1], 3), lag=True, hooks=[drawn]), None),
     "bug": (3, lambda rank: member(rank, at(2, 3, lambda: 1 / 0)), None),
     "memory": (3, lambda rank: member(rank, at(1, 3, OUT_OF_MEMORY)), None),
     "nan": (3, lambda rank: member(rank, lambda rank, batch: float("nan") if rank == 1 and batch.value > 4 else None), None),
@@ -239,7 +264,8 @@ ALL = {
     "parts": (2, whole("train.train_steps=3"), None),
     "resumed": (2, whole("train.resume=../parts/run"), None),
     "sdxl_one": (1, whole("train.gradient_accumulation_steps=2", model="GROUP_SDXL"), None),
-    "sdxl_two": (2, whole(model="GROUP_SDXL"), None),
+    "sdxl_parts": (2, whole("train.train_steps=3", model="GROUP_SDXL"), None),
+    "sdxl_resumed": (2, whole("train.resume=../sdxl_parts/run", model="GROUP_SDXL"), None),
     "alone": (2, alone, None),
     "stuck": (2, lambda rank: member(rank, stuck), twice),
 }

@@ -77,6 +77,14 @@ def test_a_fault_in_one_ends_all_with_its_message_once(ended, name, code, text):
     assert ended(name).ends_with(code, text), ended(name).said
 
 
+@pytest.mark.parametrize("name, step", [("lost_other", 3), ("lost_both", 3), ("lost_lag", 3), ("lost_last", 5), ("lost_stopped", 3)])
+def test_a_batch_that_one_cannot_make_ends_all_after_the_first_has_saved_what_was_done(ended, name, step):
+    group = ended(name)
+    said = "".join(group.said)
+    assert group.codes == [2] * len(group.codes) and said.count("error: images/5.png: the file is gone\n") == 1 and said.count("error") == 1, group.said
+    assert group.read("saved") == str(step) and "Traceback" not in said
+
+
 def test_the_loss_of_one_ends_the_others_with_a_code_of_its_own(ended):
     killed = ended("killed")
     assert killed.codes == [4, -9, 4] and "".join(killed.said).count("has ended without a word") == 1 and "Traceback" not in "".join(killed.said)
@@ -120,9 +128,10 @@ def test_two_processes_stopped_and_resumed_train_what_one_does_with_accumulation
     assert not parts.said[1] and not resumed.said[1] and sorted(path.name for path in (parts.folder / "run" / "states").iterdir()) == ["3", "5"]  # rank 0 speaks and writes
 
 
-def test_two_processes_of_sdxl_train_what_one_does_with_accumulation(ended):
-    one, two = ended("sdxl_one"), ended("sdxl_two")
-    assert one.codes == [0] and two.codes == [0, 0], (one.said, two.said)
+def test_two_processes_of_sdxl_stopped_and_resumed_train_what_one_does_with_accumulation(ended):
+    one, two, resumed = ended("sdxl_one"), ended("sdxl_parts"), ended("sdxl_resumed")
+    assert one.codes == [0] and two.codes == resumed.codes == [0, 0], (one.said, two.said, resumed.said)
+    assert sorted(path.name for path in (two.folder / "run" / "states").iterdir()) == ["3", "5"]
     for part in ("unet", "text_encoder", "text_encoder_2"):
         a, b = (load_file(group.folder / "run" / "ckpts" / f"{part}-5.safetensors") for group in (one, two))
         assert a.keys() == b.keys()

@@ -24,6 +24,7 @@ from hcpdiff.families.sd import StableDiffusion
 from hcpdiff.train import launcher
 from hcpdiff.train.lock import is_held
 from hcpdiff.train.parallel import Parallel
+from hcpdiff.train.place import RunPlace
 from hcpdiff.train.run import Run
 from hcpdiff.train.signals import StopRequest
 from hcpdiff.vis import pipeline
@@ -169,6 +170,13 @@ def test_a_signal_in_the_first_step_ends_the_run_in_its_midst_and_says_that_noth
     with pytest.raises(Interrupted, match="stopped by SIGTERM while training. Nothing was saved yet: first may be removed.") as caught:
         in_this_process(place, monkeypatch, "exp_dir=first")
     assert caught.value.exit_code == 143 and not list((place / "first" / "ckpts").iterdir())
+
+
+@pytest.mark.parametrize("main, said", [(True, "Nothing was saved yet: run may be removed."), (False, "Nothing was saved yet in run.")])
+def test_only_the_process_that_saves_says_that_a_folder_may_be_removed(main, said):
+    place = RunPlace(SimpleNamespace(timed=(), config=SimpleNamespace(exp_dir="run", train=SimpleNamespace(resume=None))), SimpleNamespace(main=main))
+    place.folder = Path("run")
+    assert place.how_to_go_on() == said
 
 
 def test_a_signal_while_previews_are_drawn_ends_the_drawing_and_saves(place, monkeypatch):

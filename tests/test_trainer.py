@@ -53,7 +53,7 @@ def toy(steps=6, bad=(), hooks=(), fp16=False, max_nonfinite=3, make=torch.optim
     group = ParamGroup("w", 0.1, (weight,))
     gradients = Gradients([group], torch.device("cpu"))
     trainer = Trainer(feed=ToyFeed(bad=bad), loss=lambda x: ((weight - x) ** 2).sum() / 2, gradients=gradients, optimizer=make(optimizer_groups([group], 1.0)),
-                      lr_factor=lambda step: 1 / (step + 1), parallel=SimpleNamespace(rank=0, world=1, sum_=lambda t: t), hooks=hooks, total_steps=steps,
+                      lr_factor=lambda step: 1 / (step + 1), parallel=SimpleNamespace(rank=0, world=1, sum_=lambda t: t, gather=lambda value: [value]), hooks=hooks, total_steps=steps,
                       max_grad_norm=1.0, max_nonfinite=max_nonfinite, fp16=fp16, lag=lag)
     trainer.state.positions = [Place(0, 0)]
     return trainer, weight

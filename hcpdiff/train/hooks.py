@@ -127,8 +127,8 @@ class Periodic(Hook):
         self._once(trainer)
 
     def _once(self, trainer: Trainer) -> None:
+        trainer.settle()
         if self.last != trainer.state.step:
-            trainer.settle()
             began = time.monotonic()
             if self.act(trainer):
                 self.last = trainer.state.step

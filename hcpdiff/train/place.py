@@ -74,7 +74,7 @@ class RunPlace:
             return "No run folder was made; latents in a disk cache are kept."
         saved = states(self.folder)
         if not saved:
-            return f"Nothing was saved yet: {self.folder} may be removed."
+            return f"Nothing was saved yet: {self.folder} may be removed." if self.parallel.main else f"Nothing was saved yet in {self.folder}."  # the first process may be about to
         return f"Saved up to step {saved[-1]}; to go on: {'mend it and start ' if mended else ''}the same command with train.resume={self.folder}"
 
     def release(self) -> None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Hook:
         """Before the run ends because too many steps in a row were not finite."""
 
     def on_fault(self, trainer: "Trainer") -> None:
-        """Before the run ends because this process cannot make its next batch, if it has finished a step since it started. Nobody else is here: no collectives."""
+        """Before the run ends because a process cannot make its next batch, if it has finished a step since it started. No collectives."""
 
 
 class Feed(Protocol):
@@ -69,6 +69,7 @@ class Pending:
     step: Any  # of the feed
     lrs: list[float]
     scale: float
+    positions: list  # before it
 
 
 class Trainer:
@@ -92,6 +93,7 @@ class Trainer:
         self.watch, self.undo = Watch(gradients, self.loss_scale, parallel.rank), Undo(optimizer, gradients.parameters)
         self.pending: Pending | None = None
         self.stopping, self.hopeless, self.last_skip = False, False, None
+        self.first, self.fault, self.lacking = 0, None, False  # step at the start; why this process has no batch; whether any has none
         self.records: list[tuple[int, dict[str, float]]] = []  # of rank 0 only, as are the skips
         self.skips: list[Skip] = []
         self.beside = 0.0  # seconds that hooks took for saves and previews: no step's time
@@ -99,33 +101,41 @@ class Trainer:
     def fit(self, stop: StopRequest) -> bool:
         """Trains to the end, or to the end of the step in which any process was asked to stop (the next one with `lag`); whether it is the end.
 
-        A signal in the first step of a run of one process raises Interrupted, for there is nothing to keep yet. FeedError: a batch cannot be made.
+        A signal in the first step of a run of one process raises Interrupted, for there is nothing to keep yet. FeedError, in every process: one of them cannot make a batch.
         """
+        self.first = self.state.step
         feed = self.feed.batches(self.state.positions, self.parallel.rank, self.parallel.world, self.state.step, self.total_steps - self.state.step)
         with ExitStack() as patience:
             if self.parallel.world > 1:  # all end after the same step, also if it is the first
                 patience.enter_context(stop.patiently())
             with closing(feed):  # now, and not when an error that holds it is forgotten
-                if not self._steps(self._made(feed, self.state.step), stop, patience):
+                if not self._steps(self._made(feed), stop, patience):
                     return False
             self._learn()
             self._tell("on_end")
         return True
 
-    def _made(self, feed: Iterable[tuple[Any, list, list]], first: int) -> Iterator[tuple[Any, list, list]]:
-        """What the feed gives. Where it fails, the steps since `first` are kept before that goes on."""
+    def _made(self, feed: Iterable[tuple[Any, list, list]]) -> Iterator[tuple[Any, list, list]]:
+        """What the feed gives. Where it fails, steps without a batch come instead of those that are left: the other processes are met in them as ever, and learn of it."""
         try:
             yield from feed
         except HCPError as error:  # the feed's: what a step raises does not come by here
-            if self.state.step > first:
-                self._keep(error)
-            raise FeedError(error.faults) from error
+            self.fault = error.with_traceback(None)  # which would hold this frame, and so the trainer
+        if self.fault:
+            for _ in range(self.total_steps - self.state.step):
+                yield None, self.state.positions, []
 
-    def _keep(self, lost: HCPError) -> None:
-        try:
-            self._tell("on_fault")
-        except HCPError as error:
-            raise HCPError([*lost.faults, *error.faults]) from lost
+    def _end_without_batch(self) -> NoReturn:
+        """All processes are here, at the last step that they have finished."""
+        lost, unsaved = self.fault.faults if self.fault else [], []
+        if self.state.step > self.first:
+            try:
+                self._tell("on_fault")
+            except HCPError as error:
+                unsaved = error.faults
+        told = self.parallel.gather((lost, unsaved))  # also waits for the save
+        lost, unsaved = (list(dict.fromkeys(fault for faults in some for fault in faults)) for some in zip(*told))
+        raise (HCPError if unsaved else FeedError)(lost + unsaved) from self.fault
 
     def _steps(self, feed: Iterable[tuple[Any, list, list]], stop: StopRequest, patience: ExitStack) -> bool:
         """Whether none of them was the last by a wish. From the first one's end on there is something to keep, and `patience` is entered."""
@@ -142,6 +152,7 @@ class Trainer:
                 patience.enter_context(stop.patiently())
             self._tell("on_step_end")
             if stopped and state.step < self.total_steps:
+                self._learn()
                 self._tell("on_stop")
                 return False
         return True
@@ -156,6 +167,7 @@ class Trainer:
             for index, batch in enumerate(micro):
                 self.backward(batch, index)
         self.gradients.stop += float(stop.signal != 0)
+        self.gradients.lacking += float(self.fault is not None)
         self.parallel.sum_(self.gradients.flat)
         self.loss_scale.unscale(self.gradients.values)
         norm = self.gradients.clip(self.max_grad_norm)
@@ -163,7 +175,7 @@ class Trainer:
         scale = self.loss_scale.value
         bad = self.watch.report(norm)
         lrs = set_lr(self.optimizer, self.lr_factor(self.state.step))
-        self.pending = Pending(self.state.step + 1, step, lrs, scale)
+        self.pending = Pending(self.state.step + 1, step, lrs, scale, self.state.positions)
         if self.lag:
             self._update_unseen(bad)
         elif not self._learn().bad:
@@ -174,7 +186,7 @@ class Trainer:
         self.undo.remember()
         self.optimizer.step()
         if not self.undo.take_back(bad):  # the first update: state has only now been made
-            self.settle(everything=True)
+            self._learn(everything=True)
 
     def backward(self, batch, index: int = 0) -> None:
         """Adds one micro-batch's gradients and loss to the buffer."""
@@ -188,7 +200,8 @@ class Trainer:
         self.watch.note(index, losses)
 
     def settle(self, everything: bool = False) -> Seen | None:
-        """Waits for the last step's numbers: then counters, records, optimizer and weights are exact. Any rank may call it at any time between steps."""
+        """Waits for the last step's numbers: then counters, records, optimizer and weights are exact. Any rank may call it at any time between steps.
+        A step for which a process had no batch has not been."""
         if self.pending is None:
             return None
         pending, self.pending = self.pending, None
@@ -197,6 +210,9 @@ class Trainer:
             self.undo.put_back(everything)
         self.stopping |= seen.stop
         self.loss_scale.value, self.loss_scale.clean = seen.scale
+        if seen.lacking:
+            self.lacking, self.state.step, self.state.positions = True, pending.number - 1, pending.positions
+            return seen
         self._count(pending, seen)
         if self.parallel.rank == 0:
             names = [group["name"] for group in self.optimizer.param_groups]
@@ -204,9 +220,11 @@ class Trainer:
             self.records.append((pending.number, values | ({"loss_scale": pending.scale} if self.loss_scale.active else {})))
         return seen
 
-    def _learn(self) -> Seen | None:
+    def _learn(self, everything: bool = False) -> Seen | None:
         """As settle, at a place where all ranks are together: here a run may end."""
-        seen = self.settle()
+        seen = self.settle(everything)
+        if self.lacking:
+            self._end_without_batch()
         if self.hopeless:
             self._tell("on_nonfinite")
             raise NonFiniteError(f"loss or gradient was not finite for {self.state.skipped_in_row} steps in a row. Those steps changed nothing; the last: {self.last_skip}. Lower the "

@@ -50,13 +50,14 @@ class LossScale:
 
 @dataclass(frozen=True)
 class Seen:
-    """One step's numbers on the host. `parts`: per process and micro-batch, whether its gradient was the first not finite (there), and its samples' weighted
+    """One step's numbers on the host. `lacking`: a process had no batch, so that there was no step. `parts`: per process and micro-batch, whether its gradient was the first not finite (there), and its samples' weighted
     losses."""
 
     loss: float
     grad_norm: float
     bad: bool
     stop: bool
+    lacking: bool
     scale: tuple[float, int]
     parts: list[list[list[float]]]
 
@@ -89,9 +90,9 @@ class Watch:
     def report(self, norm: Tensor) -> Tensor:
         """After the sum over processes and the norm: sends the numbers on their way, moves the loss scale, and returns the flag: True if the step must
         change nothing (a bool scalar on the device, the same on every rank)."""
-        finite_loss = torch.isfinite(self.gradients.loss)
-        bad = ~(torch.isfinite(norm) & finite_loss)
-        self.scale.update(bad & finite_loss, bad)
+        finite_loss, finite = torch.isfinite(self.gradients.loss), torch.isfinite(norm)
+        bad = ~(finite & finite_loss) | (self.gradients.lacking > 0)
+        self.scale.update(~finite & finite_loss, bad)
         numbers = torch.cat((self.gradients.tail, norm[None], bad[None].float(), self.scale.pair))
         if self.event is None:
             self.buffer = numbers
@@ -105,8 +106,8 @@ class Watch:
         if self.event is not None:
             self.event.synchronize()
         numbers = self.buffer.cpu().numpy()
-        loss, stop, norm, bad, value, clean = numbers[-6:].tolist()
-        return Seen(loss, norm, bad != 0, stop != 0, (value, int(clean)), numbers[:-6].reshape(self.gradients.slots.shape).tolist())
+        loss, stop, lacking, norm, bad, value, clean = numbers[-7:].tolist()
+        return Seen(loss, norm, bad != 0, stop != 0, lacking != 0, (value, int(clean)), numbers[:-7].reshape(self.gradients.slots.shape).tolist())
 
 
 @dataclass(frozen=True)
