@@ -10,7 +10,7 @@ from real_configs import CLIP_G, CLIP_H, CLIP_L, SD15_UNET, SD21_UNET, SDXL_UNET
 from tiny import make_text_encoder, make_unet
 
 from hcpdiff.checkpoint.convert import cast, distance, faults_of, find_family, join, same_delta, to_webui
-from hcpdiff.checkpoint.export import payload_hash, replaceable, write_ours, write_webui
+from hcpdiff.checkpoint.export import payload_hash, replaceable, write_diffusers, write_ours, write_webui
 from hcpdiff.checkpoint.format import load_lora, save_lora
 from hcpdiff.checkpoint.io import read_tensors, save_tensors
 from hcpdiff.checkpoint.metadata import carried
@@ -112,7 +112,7 @@ def test_the_kohya_set_of_real_shapes_converts_whole_and_its_family_is_found(tmp
     unet, text = meta_unet(unet_config), meta_clip(clip_config)
     layers = {"unet": lora_for(unet, kohya_targets(unet), rank=1, dtype=torch.float16), "text_encoder": lora_for(text, text_targets(text), True, rank=1, dtype=torch.float16)}
     found = find_family(layers, {})
-    assert found.family is family and found.version == version and "widths" in found.how
+    assert found.family is family and found.version == family.version and "widths" in found.how
     tensors, metadata = webui_file(tmp_path / "w.safetensors", layers, family, version)
     assert len(tensors) == 3 * sum(counts)
     assert metadata["ss_base_model_version"] == version
@@ -274,18 +274,37 @@ def one(path, shape=(6, 6), component="unet"):
     (one("mid_block.attentions.0.transformer_blocks.0.attn1.to_k"), {"hcpdiff.base_version": "sdxl_base_v1-0"}, "sdxl")])
 def test_the_family_is_found_from_names_shapes_and_metadata(layers, metadata, name):
     found = find_family(layers, metadata)
-    assert found.family.name == name and found.version.startswith(found.family.version_stem)
+    assert found.family.name == name and not found.open and (found.version or found.family.version_stem).startswith(found.family.version_stem)
 
 
 def test_widths_are_believed_before_metadata():
     found = find_family(one("mid_block.attentions.0.transformer_blocks.0.attn2.to_k", (6, 1024)), {"ss_base_model_version": "sd_v1"})
-    assert found.family is SD2 and found.version == "sd_v2" and "widths" in found.how
+    assert found.family is SD2 and found.version is None and "widths" in found.how
+
+
+@pytest.mark.parametrize(("metadata", "version", "predicts"), [
+    ({}, None, None), ({"ss_v2": "True"}, None, None), ({"modelspec.prediction_type": "v"}, "sd_v2_v", "v"), ({"hcpdiff.prediction_type": "epsilon"}, "sd_v2", "epsilon"),
+    ({"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}, "sd_v2_v", "v"), ({"ss_base_model_version": "sd_v2"}, "sd_v2", "epsilon")])
+def test_an_sd2_file_says_what_its_base_predicts_only_where_that_is_known_and_stays_sd2(tmp_path, metadata, version, predicts):
+    """webui files it under SD2 by ss_v2 alone."""
+    layers = one("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")  # SD1's and SDXL's too
+    found = find_family(layers, metadata, told="sd2")
+    assert found.version == version and str(found).startswith(f"Stable Diffusion 2.x ({version})" if version else "Stable Diffusion 2.x, as told")
+    write_webui(tmp_path / "w.safetensors", layers, SD2, found.version, name="w", kept=metadata | {"modelspec.author": "me"})
+    write_diffusers(tmp_path / "d.safetensors", layers, SD2, found.version, name="d", kept=metadata)
+    for name in "wd":
+        said = read_tensors(tmp_path / f"{name}.safetensors")[1]
+        assert said.get("modelspec.architecture") == (SD2.versions[version] if version else None) and said["ss_v2"] == "True"
+        again = find_family(load_lora(tmp_path / f"{name}.safetensors").layers, said)
+        assert again.family is SD2 and again.version == version and not again.open
+    said = read_tensors(tmp_path / "w.safetensors")[1]
+    assert said.get("ss_base_model_version") == version and said.get("modelspec.prediction_type") == predicts and said["modelspec.author"] == "me"
 
 
 def test_what_is_open_or_contradicts_itself_is_said():
     open_ones = one("mid_block.attentions.0.transformer_blocks.0.attn1.to_k")
-    assert find_family(open_ones, {}).version is None and "--family" in find_family(open_ones, {}).how
-    assert find_family(open_ones, {}, told="sd2").version == "sd_v2"
+    assert find_family(open_ones, {}).open and "--family" in find_family(open_ones, {}).how
+    assert find_family(open_ones, {}, told="sd2").version is None and find_family(open_ones, {}, told="sd1").version == "sd_v1"
     with pytest.raises(CheckpointError, match="Stable Diffusion XL was asked for, but .* of Stable Diffusion 1.x"):
         find_family(one("down_blocks.0.attentions.0.proj_in", (6, 6, 1, 1)), {}, told="sdxl")
     with pytest.raises(CheckpointError, match="1 of 1 layers have names that .* unet transformer.h.0"):

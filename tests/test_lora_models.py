@@ -144,6 +144,13 @@ def test_an_extracted_lora_is_marked_by_its_base_models_family_and_prediction(ki
         assert (metadata["ss_base_model_version"], metadata["modelspec.prediction_type"]) == (version, "v")
     save_folder(Path("tuned"), kind, parts, "epsilon")
     assert "predicts v_prediction, tuned epsilon" in tool(lora_extract, "--base_model", "base", "--tuned_model", "tuned", "--rank", "1", "--parts", "unet", "--dump_path", "x")[1]
+    if kind == "sd2":  # whose models predict either, where no scheduler says which
+        for folder in ("base", "tuned"):
+            shutil.rmtree(f"{folder}/scheduler")
+        code, out, err = tool(lora_extract, "--base_model", "base", "--tuned_model", "tuned", "--rank", "1", "--parts", "unet", "--dump_path", "x")
+        assert code == 0 and "so the LoRA does not say it" in out and "Stable Diffusion 2.x, as base is" in out, out + err
+        metadata = read_tensors("x.safetensors")[1]
+        assert metadata["ss_v2"] == "True" and not {"ss_base_model_version", "modelspec.prediction_type", "modelspec.architecture"} & set(metadata)
 
 
 def test_a_coarser_type_is_no_difference(tiny_sd1, tool):

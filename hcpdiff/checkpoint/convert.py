@@ -14,6 +14,7 @@ from ..families.webui import WebuiFamily
 from ..lora_tensors import LoraTensors
 from .format import COMPONENTS, META_BASE_VERSION, LoraFile, alpha_tensor
 from .lora_parse import StoredLora
+from .metadata import META_PREDICTION
 
 Layers = Mapping[str, Mapping[str, LoraTensors]]  # component -> module path -> tensors
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -24,11 +25,16 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 @dataclass(frozen=True)
 class Found:
-    """The family that a LoRA is for, its base model's version as webui names it (None when open), and how that is known."""
+    """The family that a LoRA is for, its base model's version as webui names it (None where nothing tells which of several), and how that is known.
+    open: other families are possible too."""
 
     family: WebuiFamily
     version: str | None
     how: str
+    open: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.family.title}{f' ({self.version})' if self.version else ''}, {self.how}"
 
 
 @dataclass(frozen=True)
@@ -55,16 +61,26 @@ def find_family(layers: Layers, metadata: Mapping[str, str], told: str | None = 
         if family not in fitting or (by_width and family not in by_width):
             other = (by_width or fitting)[0]
             raise CheckpointError(f"{family.title} was asked for, but names and widths of these layers are those of {other.title}.")
-        return Found(family, said if webui.by_version(said) is family else family.version, "as told")
-    named = webui.by_version(said)
+        return Found(family, _version(family, metadata), "as told")
+    named = webui.by_version(said or ("sd_v2" if metadata.get("ss_v2") == "True" else None))  # the latter is all that a file says whose version is not known
     if named in fitting and (named in by_width or not by_width):
-        return Found(named, said if said in named.versions else named.version, "from the file's metadata")
+        return Found(named, _version(named, metadata), "from the file's metadata")
     narrowed = by_width or [f for f in fitting if webui.fits_projections(f, shapes)] or fitting
     narrowed = [f for f in narrowed if f.ldm_names] or narrowed if ldm_names else narrowed
     family = narrowed[0]
     if len(narrowed) > 1:
-        return Found(family, None, f"not settled by names or widths ({', '.join(f.name for f in narrowed)} are possible); --family says it")
-    return Found(family, family.version, "from its layers' widths" if by_width else "from its layers' names")
+        return Found(family, family.version, f"not settled by names or widths ({', '.join(f.name for f in narrowed)} are possible); --family says it", open=True)
+    return Found(family, _version(family, metadata), "from its layers' widths" if by_width else "from its layers' names")
+
+
+def _version(family: WebuiFamily, metadata: Mapping[str, str]) -> str | None:
+    """Which of the family's versions the metadata names, by itself or by what the base model predicts; else the only one; else None."""
+    said = metadata.get(META_BASE_VERSION) or metadata.get("ss_base_model_version")
+    if said in family.versions:
+        return said
+    predicts = (metadata.get(META_PREDICTION) or metadata.get("modelspec.prediction_type", "")).replace("_prediction", "")
+    fitting = [version for version, architecture in family.versions.items() if architecture == metadata.get("modelspec.architecture") or webui.PREDICTIONS.get(version) == predicts]
+    return fitting[0] if len(fitting) == 1 else family.version
 
 
 def other_family(layers: Layers, metadata: Mapping[str, str], version: str | None, ldm_names: bool = False) -> str:
@@ -76,7 +92,7 @@ def other_family(layers: Layers, metadata: Mapping[str, str], version: str | Non
         found = find_family(layers, metadata, ldm_names=ldm_names)
     except CheckpointError:  # of no family that is known: the layers that do not fit say more
         return ""
-    if found.version is None or found.family is own:
+    if found.open or found.family is own:
         return ""
     return f"this LoRA is for {found.family.title} ({found.how}), the model is {own.title}. Take a LoRA for {own.title}, or a model of the LoRA's kind."
 

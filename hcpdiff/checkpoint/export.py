@@ -21,7 +21,7 @@ from .peft_form import CONFIG, DiffusersLora, PeftLora, to_diffusers, to_peft
 from .safetensors_header import read_header
 
 
-def write_webui(path: Path, layers: Layers, family: WebuiFamily, version: str, *, name: str, kept: Mapping[str, str], dtype: torch.dtype | None = None,
+def write_webui(path: Path, layers: Layers, family: WebuiFamily, version: str | None, *, name: str, kept: Mapping[str, str], dtype: torch.dtype | None = None,
                 extra: Mapping[str, str] | None = None) -> WebuiLora:
     """Writes webui's file at `path` and returns what is in it. The file appears only if every layer's delta is what it was and every name
     is one that webui knows; else CheckpointError, and `path` is as it was before."""
@@ -63,7 +63,7 @@ def _all_or_none(paths: Sequence[Path]) -> Iterator[None]:
         raise
 
 
-def write_diffusers(path: Path, layers: Layers, family: WebuiFamily, version: str, *, name: str, kept: Mapping[str, str], dtype: torch.dtype | None = None,
+def write_diffusers(path: Path, layers: Layers, family: WebuiFamily, version: str | None, *, name: str, kept: Mapping[str, str], dtype: torch.dtype | None = None,
                     extra: Mapping[str, str] | None = None) -> DiffusersLora:
     """Writes the file of diffusers' `save_lora_weights` at `path`, checked like webui's, and returns what is in it."""
     lora = to_diffusers(layers, family, dtype)
@@ -72,7 +72,7 @@ def write_diffusers(path: Path, layers: Layers, family: WebuiFamily, version: st
     return lora
 
 
-def write_peft(folder: Path, layers: Layers, family: WebuiFamily, version: str, *, name: str, kept: Mapping[str, str], dtype: torch.dtype | None = None,
+def write_peft(folder: Path, layers: Layers, family: WebuiFamily, version: str | None, *, name: str, kept: Mapping[str, str], dtype: torch.dtype | None = None,
                extra: Mapping[str, str] | None = None) -> list[Path]:
     """Writes a PEFT adapter for each component, `<folder>/<component>/` with weights and config, each checked, all of them or none; the weights' paths come back."""
     adapters = {component: to_peft(named, family, component, dtype) for component, named in layers.items()}

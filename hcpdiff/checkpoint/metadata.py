@@ -49,16 +49,21 @@ def without_hashes(metadata: Mapping[str, str] | None) -> dict[str, str]:
     return {key: value for key, value in (metadata or {}).items() if not key.startswith(HASHES)}
 
 
-def webui_metadata(kept: Mapping[str, str], family: WebuiFamily, version: str, layers: Iterable[LoraTensors], name: str) -> dict[str, str]:
+def _base_model(kept: Mapping[str, str], family: WebuiFamily, version: str | None) -> dict[str, str]:
+    """The entries of `kept`, and the base model's architecture; without its version where nothing tells it."""
+    others = {key: value for key, value in without_hashes(kept).items() if key not in (META_BASE_VERSION, "ss_base_model_version", "ss_v2", "modelspec.architecture")}
+    return {**others, **({"modelspec.architecture": family.versions[version]} if version in family.versions else {}), **family.extra}
+
+
+def webui_metadata(kept: Mapping[str, str], family: WebuiFamily, version: str | None, layers: Iterable[LoraTensors], name: str) -> dict[str, str]:
     """What webui reads: base model, network and name. Entries of `kept` stay unless they are about these."""
     layers = list(layers)
     prediction = kept.get(META_PREDICTION, PREDICTIONS.get(version, "")).replace("_prediction", "")
     entries = {
-        **{key: value for key, value in without_hashes(kept).items() if not key.startswith(META_PREFIX)},
-        "ss_base_model_version": version, "ss_output_name": name, "ss_network_module": "networks.lora",
+        **{key: value for key, value in _base_model(kept, family, version).items() if not key.startswith(META_PREFIX)},
+        **({"ss_base_model_version": version} if version else {}), "ss_output_name": name, "ss_network_module": "networks.lora",
         "ss_network_dim": _common({str(layer.rank) for layer in layers}), "ss_network_alpha": _common({f"{layer.alpha:.9g}" for layer in layers}),
-        "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": family.architecture(version),
-        "modelspec.implementation": "diffusers", "modelspec.title": name, META_CONVERTER: "1", **family.extra,
+        "modelspec.sai_model_spec": "1.0.0", "modelspec.implementation": "diffusers", "modelspec.title": name, META_CONVERTER: "1",
     }
     if prediction:
         entries.setdefault("modelspec.prediction_type", prediction)
@@ -69,9 +74,9 @@ def webui_metadata(kept: Mapping[str, str], family: WebuiFamily, version: str, l
     return entries
 
 
-def other_metadata(kept: Mapping[str, str], family: WebuiFamily, version: str, name: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def other_metadata(kept: Mapping[str, str], family: WebuiFamily, version: str | None, name: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Metadata of a file for diffusers or PEFT: base model, and a name; what training wrote of itself stays."""
-    return {**without_hashes(kept), "format": "pt", META_BASE_VERSION: version, "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": family.architecture(version),
+    return {**_base_model(kept, family, version), "format": "pt", **({META_BASE_VERSION: version} if version else {}), "modelspec.sai_model_spec": "1.0.0",
             "modelspec.implementation": "diffusers", "modelspec.title": name, MODEL_HASH: f"0x{payload_sha256(tensors)}", META_CONVERTER: "1"}
 
 

@@ -50,13 +50,9 @@ class WebuiFamily:
         return _loose_modules(self.plan)[path].kind if component == UNET else "linear"
 
     @property
-    def version(self) -> str:
-        """The base model version to write when only the family is known."""
-        return next(iter(self.versions))
-
-    def architecture(self, version: str) -> str:
-        """`modelspec.architecture` for a base model version."""
-        return self.versions.get(version, self.versions[self.version])
+    def version(self) -> str | None:
+        """The base model version when only the family is known; None where it has several."""
+        return next(iter(self.versions)) if len(self.versions) == 1 else None
 
 
 def _loose_modules(plan: UnetPlan) -> dict[str, Module]:

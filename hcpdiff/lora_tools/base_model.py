@@ -140,7 +140,7 @@ def _opened(path: Path) -> WeightFile:
 def misfits(model: BaseModel, layers: Layers, metadata: Mapping[str, str]) -> list[str]:
     """Why the LoRA does not fit the model, a line for each kind of fault, or that it is for another family; empty: every layer has its place and its shape."""
     found = _misfits(model, layers)
-    other = other_family(layers, metadata, model.family and webui.BY_NAME[model.family].version) if found else ""
+    other = other_family(layers, metadata, model.family and webui.BY_NAME[model.family].version_stem) if found else ""
     return [other] if other else found
 
 

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     for line in doubts:
         out.print(line)
     found = _family(layers, metadata, args.family, base)
-    out.print(f"family: {found.family.title} ({found.version or found.family.version}), {found.how}")
+    out.print(f"family: {found}")
     made = {"base": base.path.name, "tuned": tuned.path.name, "rank": args.rank, "conv_rank": args.conv_rank, "energy": args.energy}
     written = output.write(path, layers, found, args, tool=TOOL, dtype=None, kept=metadata, made_from=made)
     output.say_written(out, path, written)
@@ -184,9 +184,10 @@ def _metadata(base: BaseModel, tuned: BaseModel) -> tuple[dict[str, str], list[s
         lines.append(f"warning: {base.path.name} predicts {base.prediction}, {tuned.path.name} {tuned.prediction}; the LoRA is marked as one for {base.prediction}")
     family = base.family
     if family == "sd2" and not prediction:
-        lines.append("warning: nothing tells whether these models predict epsilon or v; epsilon is written, and --metadata modelspec.prediction_type=v says otherwise")
+        lines.append("warning: nothing tells whether these models predict epsilon or v, so the LoRA does not say it; --metadata modelspec.prediction_type=v (or epsilon) does")
     if family:
-        found[META_BASE_VERSION] = "sd_v2_v" if family == "sd2" and prediction == "v_prediction" else webui.BY_NAME[family].version
+        version = {"v_prediction": "sd_v2_v", "epsilon": "sd_v2"}.get(prediction) if family == "sd2" else webui.BY_NAME[family].version
+        found |= {META_BASE_VERSION: version} if version else webui.BY_NAME[family].extra
     return found, lines
 
 

@@ -127,7 +127,7 @@ def _say_family(info: Info, file: LoraFile, header: Header) -> None:
     except CheckpointError as error:
         info.warnings += error.faults
         return
-    info.family, info.version, info.family_from = found.family.title, found.version or "", found.how
+    info.family, info.version, info.family_from = found.family.title, "" if found.open else found.version or "", found.how
     info.warnings += remarks(file, header.entries, found)
 
 

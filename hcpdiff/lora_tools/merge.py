@@ -102,14 +102,14 @@ def _shape(lora: LoraTensors) -> tuple[int, ...]:
 def common_family(entries: Sequence[Weighted], told: str | None, out: Console) -> Found:
     """The family that all the LoRA are for. CheckpointError where they contradict each other."""
     founds = [(entry.lora.name, entry.lora.family(told)) for entry in entries]
-    settled = [(name, found) for name, found in founds if found.version is not None] or founds
+    settled = [(name, found) for name, found in founds if not found.open] or founds
     if len({found.family.name for _, found in settled}) > 1:
         raise CheckpointError("the LoRA are for different base models: " + ", ".join(f"{name} for {found.family.title}" for name, found in settled) + ".")
-    versions = list(dict.fromkeys(found.version for _, found in settled))
+    versions = list(dict.fromkeys(found.version for _, found in settled if found.version))
     if len(versions) > 1:
         out.print(f"warning: the LoRA are for different versions of it ({', '.join(map(str, versions))}); the file is written as for {versions[0]}")
-    found = settled[0][1]
-    out.print(f"family: {found.family.title} ({found.version or found.family.version}), {found.how}")
+    found = next((found for _, found in settled if found.version), settled[0][1])
+    out.print(f"family: {found}")
     return found
 
 

@@ -91,7 +91,7 @@ def write(path: Path, layers: Layers, found: Found, args: argparse.Namespace, *,
           made_from: object) -> dict[str, dict[str, LoraTensors]]:
     """Writes webui's file and returns its layers as they are read from it. --save_dtype goes before `dtype`."""
     extra = {META_MADE_FROM: json.dumps(made_from, ensure_ascii=False), META_CONVERTER: tool, **dict(entry.split("=", 1) for entry in args.metadata)}
-    write_webui(path, layers, found.family, found.version or found.family.version, name=args.name or path.stem, kept=kept,
+    write_webui(path, layers, found.family, found.version, name=args.name or path.stem, kept=kept,
                 dtype=DTYPES.get(args.save_dtype, dtype), extra=extra)
     return load_lora(path).layers
 

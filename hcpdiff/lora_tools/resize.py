@@ -21,7 +21,7 @@ def run(args: argparse.Namespace, sources: list, lines: list[str]) -> int:
         out.print(line)
     path = output.target(args, (path for path, _ in lora.files), TOOL)
     found = lora.family(args.family)
-    out.print(f"family: {found.family.title} ({found.version or found.family.version}), {found.how}")
+    out.print(f"family: {found}")
     limit = Limit(args.rank, args.energy)
     result = {component: {layer: resized(tensors, limit) for layer, tensors in named.items()} for component, named in lora.layers.items()}
     kept, dropped = carried(lora.metadata, args.keep_metadata)

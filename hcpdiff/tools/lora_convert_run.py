@@ -31,7 +31,7 @@ def run(args: argparse.Namespace, sources: Mapping[Path, str], lines: list[str])
     layers = join(files)
     metadata, dropped = _metadata(files, args.keep_metadata)
     found = find_family(layers, metadata, args.family or ("sdxl" if args.sdxl else None), any(WEBUI_LDM in file.spelling for _, file in files))
-    console.print(f"family: {found.family.title} ({found.version or found.family.version}), {found.how}")
+    console.print(f"family: {found}")
     if dropped:
         console.print(f"metadata left out (--keep_metadata keeps it): {', '.join(sorted(set(dropped)))}")
     write = {"to_webui": _to_webui, "from_webui": _from_webui, "to_diffusers": _to_diffusers, "to_peft": _to_peft}[direction]
@@ -95,7 +95,7 @@ def _to_webui(args: argparse.Namespace, console: Console, files: Files, layers: 
     if path != Path(args.dump_path):
         console.print(f"--dump_path {args.dump_path} is taken for {path}")
     _may_write([path], files, args.overwrite)
-    lora = write_webui(path, layers, found.family, found.version or found.family.version, name=args.name or path.stem, kept=metadata,
+    lora = write_webui(path, layers, found.family, found.version, name=args.name or path.stem, kept=metadata,
                        dtype=DTYPES.get(args.save_dtype), extra=_extra(args, files))
     _print_table(console, lora.layers)
     if lora.completed:
@@ -111,7 +111,8 @@ def _from_webui(args: argparse.Namespace, console: Console, files: Files, layers
         raise CheckpointError(f"{', '.join(ours)}: already a file of hcpdiff; --to_webui, --to_diffusers and --to_peft make other programs' of it.")
     name = args.name or (split_name(files[0][0]) or ("", _stem(args, files)))[1]
     _may_write([our_path(folder, component, name) for component in layers], files, args.overwrite)
-    for path in write_ours(folder, layers, found.version, name=name, kept=metadata | _extra(args, files), dtype=DTYPES.get(args.save_dtype)):
+    known = found.version if not found.open else None
+    for path in write_ours(folder, layers, known, name=name, kept=metadata | _extra(args, files) | ({} if known or found.open else found.family.extra), dtype=DTYPES.get(args.save_dtype)):
         part = load_lora(path).layers
         _print_table(console, part)
         _print_result(console, path, part, "")
@@ -120,7 +121,7 @@ def _from_webui(args: argparse.Namespace, console: Console, files: Files, layers
 def _to_diffusers(args: argparse.Namespace, console: Console, files: Files, layers: Layers, found: Found, metadata: Mapping[str, str]) -> None:
     path = _file_path(args, args.name or DIFFUSERS_WEIGHTS.removesuffix(SUFFIX))
     _may_write([path], files, args.overwrite)
-    lora = write_diffusers(path, layers, found.family, found.version or found.family.version, name=args.name or _stem(args, files), kept=metadata,
+    lora = write_diffusers(path, layers, found.family, found.version, name=args.name or _stem(args, files), kept=metadata,
                            dtype=DTYPES.get(args.save_dtype), extra=_extra(args, files))
     _print_table(console, layers)
     if lora.widened:
@@ -136,7 +137,7 @@ def _to_peft(args: argparse.Namespace, console: Console, files: Files, layers: L
     strangers = [path.with_name(CONFIG) for path in paths if path.with_name(CONFIG).exists() and not path.exists() and not args.overwrite]
     if strangers:
         raise CheckpointError([f"{path} exists and was not made by this command; --overwrite replaces it." for path in strangers])
-    written = write_peft(folder, layers, found.family, found.version or found.family.version, name=args.name or _stem(args, files), kept=metadata,
+    written = write_peft(folder, layers, found.family, found.version, name=args.name or _stem(args, files), kept=metadata,
                          dtype=DTYPES.get(args.save_dtype), extra=_extra(args, files))
     for path, (component, named) in zip(written, layers.items(), strict=True):
         _print_table(console, {component: named})
