@@ -277,9 +277,9 @@ class Lossy(ToyFeed):
             yield item
 
 
-@pytest.mark.parametrize("lag", [False, True])
+@pytest.mark.parametrize("lag, fp16", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("missing, told", [(0, []), (4, [4])])
-def test_a_batch_that_cannot_be_made_ends_the_run_after_what_was_done_is_told(lag, missing, told):
+def test_a_batch_that_cannot_be_made_ends_the_run_after_what_was_done_is_told(lag, fp16, missing, told):
     faults = []
 
     class Watch(Hook):
@@ -287,13 +287,14 @@ def test_a_batch_that_cannot_be_made_ends_the_run_after_what_was_done_is_told(la
             trainer.settle()
             faults.append(trainer.state.step)
 
-    trainer, weight = toy(steps=6, hooks=[Watch()], lag=lag)
+    trainer, weight = toy(steps=6, hooks=[Watch()], lag=lag, fp16=fp16)
     trainer.feed = Lossy(missing)
     with pytest.raises(FeedError, match="cat.jpg: the file is gone"):
         trainer.fit(StopRequest())
-    twin, other = toy(steps=missing)
+    twin, other = toy(steps=missing, fp16=fp16)
     twin.fit(StopRequest())
     assert faults == told and torch.equal(weight, other) and trainer.pending is None
+    assert torch.equal(trainer.loss_scale.pair, twin.loss_scale.pair) and [step for step, _ in trainer.take_records()] == list(range(1, missing + 1))
 
 
 def test_an_error_of_a_step_is_none_of_its_batch():

@@ -167,7 +167,8 @@ class Trainer:
             for index, batch in enumerate(micro):
                 self.backward(batch, index)
         self.gradients.stop += float(stop.signal != 0)
-        self.gradients.lacking += float(self.fault is not None)
+        if self.fault:
+            self.gradients.lacking += 1.0
         self.parallel.sum_(self.gradients.flat)
         self.loss_scale.unscale(self.gradients.values)
         norm = self.gradients.clip(self.max_grad_norm)
