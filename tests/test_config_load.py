@@ -7,6 +7,7 @@ import pytest
 from config_help import SMALL, faults, small, write
 
 from hcpdiff.config import tree
+from hcpdiff.config.infer_schema import InferConfig
 from hcpdiff.config.load import load
 from hcpdiff.errors import ConfigError
 
@@ -186,6 +187,11 @@ def test_free_keys_are_fine_when_something_reads_them(tmp_path):
     assert any("other" in notice for notice in small(tmp_path, more="_base_: a.yaml\n").notices)
     assert len(faults(tmp_path, more="a: ${a}\nb: ${a}\n")) == 1, "a key that only an unread key reads is unread"
     assert faults(tmp_path, "lora_unet.0.lr=1") == [], "the reader of unet_lr was replaced"
+
+
+def test_a_free_key_may_have_the_name_that_another_program_gives_to_one_of_ours(tmp_path):
+    (tmp_path / "draw.yaml").write_text("pretrained_model: some/model\nprompt: a cat\nsteps: 30\nW: 640\ninfer_args: {num_inference_steps: '${steps}', width: '${W}'}\n", "utf-8")
+    assert load(tmp_path / "draw.yaml", [], InferConfig).config.infer_args == {"num_inference_steps": 30, "width": 640}
 
 
 def test_interpolated_numbers_of_an_evaluation_keep_their_sign(tmp_path):

@@ -114,7 +114,7 @@ def test_help_shows_an_example_and_imports_nothing_heavy():
     (["infer_args.image=x.png", "infer_args.width=0"], ["img2img is not built yet", "infer_args.width = 0"]),
     (["infer_args.width=100", "infer_args.height=4", "infer_args.steps=20", "infer_args.sampler=euler", "cfg_scale=7", "steps=20"],
      ["infer_args.width = 100; it must be a multiple of 8: 96 or 104", "infer_args.height = 4; it must be a whole number, at least 8", "infer_args.steps is infer_args.num_inference_steps",
-      "infer_args.sampler is new_components.scheduler", "cfg_scale (command line) is infer_args.guidance_scale", "steps (command line) is infer_args.num_inference_steps"]),
+      "infer_args.sampler is new_components.scheduler", "cfg_scale (command line) is not a known key, and nothing reads it. It is at: infer_args.guidance_scale", "It is at: infer_args.num_inference_steps"]),
     (["new_components.scheduler._target_=os.system"], ["new_components.scheduler._target_", "not among"]),
 ])
 def test_wrong_input_is_one_message_without_torch(tmp_path, run_folder, args, said):

@@ -60,7 +60,7 @@ def check_same(path: Path, before: Stamp, now: Stamp) -> None:
     """CheckpointError where the file at `path` is not the one, or not as it was, when `before` was taken."""
     if now != before:
         raise CheckpointError(f"{path} was replaced or changed while this was starting: its weights are not those of the header that was read from it. "
-                              "Let nothing write to it, and start again.")
+                              "Let nothing write to it (new permissions and links count too), and start again.")
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:

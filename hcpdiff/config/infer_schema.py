@@ -87,7 +87,8 @@ class VaeOptimize:
 class InferConfig:
     """Top level of a drawing config."""
 
-    REMOVED: ClassVar = {name: f"is {place} here." for name, place in OTHER_NAMES.items()} | REMOVED
+    REMOVED: ClassVar = REMOVED
+    OTHER_NAMES: ClassVar = OTHER_NAMES
     pretrained_model: str = key(doc="Base model: a folder in diffusers format, a single .safetensors or .ckpt file as webui uses them, or a hub id.",
                                 zh="底模：diffusers 格式的文件夹、webui 使用的单个 .safetensors 或 .ckpt 文件，或 huggingface 上的模型名。", exists="model")
     config: str | None = key(None, "For a single file: a folder with a diffusers model's configs, used instead of those of the released models. null: found from the file.",

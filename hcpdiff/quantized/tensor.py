@@ -64,8 +64,10 @@ class Quantized(Tensor):
         return cls(tuple(parts[name] for name in NAMES if name in parts), *facts)
 
     def _stable_hash_for_caching(self) -> str:
-        """By which a compiler's cache knows that it may take a graph again: all that a graph depends on but the numbers."""
-        return repr(("Quantized 1", self.code, self.own_shape, self.dtype, self.turned, str(self.device)))
+        """By which a compiler's cache knows that it may take a graph again: all that a graph depends on but the numbers.
+
+        The number is to be raised with each change of what `__torch_dispatch__` traces: the caches do not see that code."""
+        return repr(("Quantized 2", self.code, self.own_shape, self.dtype, self.turned, str(self.device)))
 
     def _like(self, change=lambda part: part, shape=None, dtype=None, turned=None) -> "Quantized":
         return Quantized(tuple(change(part) for part in self.parts), self.code, self.own_shape if shape is None else shape, dtype or self.dtype,

@@ -24,7 +24,7 @@ class LogHook(Hook):
         self.usual = Usual()
 
     def on_epoch_begin(self, trainer: Trainer, epoch: int) -> None:
-        if not trainer.records and trainer.pending is None:  # prompts have just been encoded: that is no step's time
+        if not trainer.records and trainer.pending is None:  # what other hooks did before the first step is no step's time
             self.since, self.beside = time.monotonic(), trainer.beside
 
     def on_step_end(self, trainer: Trainer) -> None:

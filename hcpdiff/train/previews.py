@@ -51,7 +51,8 @@ class Drawing:
                 return self._draw()
         except torch.OutOfMemoryError as error:
             preview, what = self.cfg.preview, (str(error).splitlines() or ["no memory"])[0]
-            raise HCPError(f"out of memory ({what}). Lower preview.bs = {preview.bs}, preview.width = {preview.width or self.size[0]} or "
+            many = f"preview.bs = {preview.bs}, " if preview.bs > 1 else ""
+            raise HCPError(f"out of memory ({what}). Lower {many}preview.width = {preview.width or self.size[0]} or "
                            f"preview.height = {preview.height or self.size[1]}.") from error
 
     def _draw(self) -> list:

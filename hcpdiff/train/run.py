@@ -71,10 +71,10 @@ class Run:
             self._report(trainer.state.step)
             self._cache(trainer)
             self._place_models()
-            self._make_folder(trainer.state.step)
-            trainer.hooks += self._hooks()
             with heartbeat(self.log.say) if self.compiled else nullcontext():
                 self._first_pass(trainer)
+                self._make_folder(trainer.state.step)
+                trainer.hooks += self._hooks()
                 self.phase = "training"
                 self.stop.told = functools.partial(self._answer, trainer)
                 finished = trainer.fit(self.stop)
@@ -258,6 +258,15 @@ class Run:
             if component.role == DENOISER or self.text is None:
                 self.base.read(component.name, self.device)
 
+    def _first_pass(self, trainer: Trainer) -> None:
+        """What takes long before the first line of a step is said, and on a GPU the largest batch is tried."""
+        if self.compiled:
+            others = "; a later step whose size needs kernels of its own may too" if len(self.data.plan.shapes()) > 1 else ""
+            first = "step" if self.device.type == "cpu" else "pass"
+            self.log.say(f"compiling: the first {first} may take minutes{others}")
+        if self.device.type != "cpu":
+            self.log.say(probe(trainer, self.data.largest_batch(), self.base.geometry) + (", compiling included" if self.compiled else ""))
+
     # -- the folder and what is made in it --------------------------------------------------------------------------------------------
 
     def _make_folder(self, step: int) -> None:
@@ -265,14 +274,6 @@ class Run:
         self._say_notices()
         self.log.open(self.folder, step, self.total_steps)
         self.log.say(f"run folder: {self.folder}")
-
-    def _first_pass(self, trainer: Trainer) -> None:
-        """What takes long before the first line of a step is said, and on a GPU the largest batch is tried."""
-        if self.compiled:
-            others = "; a later step whose size needs kernels of its own may too" if len(self.data.plan.shapes()) > 1 else ""
-            self.log.say(f"compiling: the first step may take minutes{others}")
-        if self.device.type != "cpu":
-            self.log.say(probe(trainer, self.data.largest_batch(), self.base.geometry) + (", compiling included" if self.compiled else ""))
 
     def _hooks(self) -> list:
         """Of rank 0 those that write; of every rank its share of the previews."""
