@@ -1,6 +1,7 @@
 """Batches: equal for any number of workers, with draws that belong to the sample; errors and ends come through as they are."""
 
 import dataclasses
+import hashlib
 import itertools
 import multiprocessing
 import os
@@ -9,6 +10,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +21,12 @@ import torch
 from data_help import Encoder, build, dataset, epoch, folder_of, picture, source
 from PIL import Image
 
-from hcpdiff.data.loader import ahead
+from hcpdiff.data.loader import ahead, step_batches
 from hcpdiff.data.plan import Position
-from hcpdiff.errors import DataError
+from hcpdiff.data.sample import Batch
+from hcpdiff.errors import DataError, HCPError
+
+posix = pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 
 
 def same(one, two):
@@ -51,7 +58,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(root):
             assert all(same(one, two) for one, two in zip(batches, expected))
 
 
-@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+@posix
 def test_a_signal_to_the_whole_job_leaves_the_loader_at_work(root):
     expected = list(build(full(root)).batches(count=3))
     batches = build(full(root), workers=1).batches(count=3)
@@ -61,8 +68,6 @@ def test_a_signal_to_the_whole_job_leaves_the_loader_at_work(root):
         os.kill(worker.pid, number)
     got += batches
     assert [step for step, _, _ in got] == [step for step, _, _ in expected]
-    worker.join(30)
-    assert worker.exitcode == 0
 
 
 def test_ranks_share_a_step_and_see_what_one_process_sees(root):
@@ -214,6 +219,157 @@ def test_a_closed_iterator_has_no_processes_left(root):
     assert multiprocessing.active_children()
     batches.close()
     assert not multiprocessing.active_children()
+
+
+class Acting:
+    """A maker whose micro-batches say what is done: (function, arguments)."""
+
+    def make(self, micro):
+        micro[0](*micro[1:])
+        return Batch(*[None] * len(dataclasses.fields(Batch)))
+
+
+class Micros(list):
+    """A step of these micro-batches, all of them this rank's."""
+
+    def of_rank(self, rank, world):
+        return self
+
+
+def acting(*micros, workers=2, maker=None):
+    return step_batches(iter([(Micros([micro]), []) for micro in micros]), maker or Acting(), lambda batch, micro: batch, 0, 1, workers)
+
+
+def long_call(path):
+    """One call of many minutes, in which Python hears of no signal."""
+    path.touch()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+
+
+def once_there(path, act, *args):
+    while not path.exists():
+        time.sleep(0.01)
+    act(*args)
+
+
+@contextmanager
+def limit(seconds=60):
+    """TimeoutError for what takes longer; its processes are ended, so that nothing waits for them."""
+    def late(number, frame):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        for child in multiprocessing.active_children():
+            child.kill()
+
+
+@posix
+def test_a_killed_worker_is_told_in_its_turn_while_another_one_is_in_a_long_call(tmp_path):
+    there = tmp_path / "there"
+    with limit():
+        batches = acting((time.sleep, 0), (once_there, there, signal.raise_signal, signal.SIGKILL), (long_call, there))
+        next(batches)
+        with pytest.raises(HCPError, match="was killed .SIGKILL.: was the main memory full"):
+            next(batches)
+    assert not multiprocessing.active_children()
+
+
+@posix
+def test_closing_waits_for_no_long_call(tmp_path):
+    there = tmp_path / "there"
+    with limit():
+        batches = acting((once_there, there, time.sleep, 0), (long_call, there), (long_call, there), (long_call, there))
+        next(batches)
+        batches.close()
+    assert not multiprocessing.active_children()
+
+
+@posix
+def test_a_signal_to_the_whole_job_leaves_workers_at_work_that_have_only_begun():
+    """They import for seconds before they can say what they do with one."""
+    def tell():
+        told = set()
+        while len(told) < 2 and not done.is_set():
+            for pid in {child.pid for child in multiprocessing.active_children()} - told - others:
+                told.add(pid)
+                for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+                    os.kill(pid, number)
+            time.sleep(0.005)
+        assert len(told) == 2
+
+    others, done = {child.pid for child in multiprocessing.active_children()}, threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        telling = pool.submit(tell)
+        try:
+            assert len(list(acting(*[(time.sleep, 0.1)] * 4))) == 4
+        finally:
+            done.set()
+        telling.result()
+
+
+def no_start():
+    raise RuntimeError("not in this process")
+
+
+class Unmade(Acting):
+    def __reduce__(self):
+        return no_start, ()
+
+
+def test_a_worker_that_cannot_start_is_not_called_killed(capfd):
+    with pytest.raises(HCPError, match="has ended with exit code 1; what it said stands above") as caught:
+        list(acting((time.sleep, 0), maker=Unmade()))
+    assert "memory" not in str(caught.value) and "not in this process" in capfd.readouterr().err
+
+
+@posix
+def test_a_worker_that_a_signal_ends_is_not_called_killed():
+    with pytest.raises(HCPError, match="was ended by SIGUSR1; what it said, if anything, stands above"):
+        list(acting((signal.raise_signal, signal.SIGUSR1), workers=1))
+
+
+class Needy(Exception):
+    """Cannot be made again from what it is pickled as."""
+
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+def fail(kind, *args):
+    raise kind(*args)
+
+
+def test_an_error_of_a_worker_comes_up_with_the_place_it_comes_from():
+    with pytest.raises(ZeroDivisionError) as caught:
+        list(acting((divmod, 1, 0), workers=1))
+    assert "in make" in "".join(caught.value.__notes__)
+    with pytest.raises(RuntimeError, match="Needy in a loader process") as caught:
+        list(acting((fail, Needy, "first", "second"), workers=1))
+    assert "Needy: first" in "".join(caught.value.__notes__)
+
+
+def test_a_want_of_memory_is_told_with_what_needs_less():
+    with pytest.raises(DataError, match="no main memory was left to make a batch. Lower train.workers"):
+        list(acting((fail, MemoryError), workers=0))
+
+
+def test_a_rank_that_has_nothing_for_long_does_not_look_through_the_whole_plan():
+    def steps():
+        for number in range(10_000):
+            taken.append(number)
+            yield Micros(), []
+
+    taken = []
+    batches = step_batches(steps(), Acting(), lambda batch, micro: batch, 0, 1, 2)
+    next(batches)
+    batches.close()
+    assert len(taken) < 20
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for a process in /proc")

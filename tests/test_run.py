@@ -202,8 +202,8 @@ def test_a_loader_process_that_is_killed_is_named_and_no_bug_of_ours(train, monk
 
     hooks, others = Run._hooks, {child.pid for child in multiprocessing.active_children()}
     monkeypatch.setattr(Run, "_hooks", lambda self: [*hooks(self), Killer()])
-    with pytest.raises(HCPError, match="a process that loads images has ended. .*train.workers.* Saved up to step [0-9]+; to go on: mend it and start the same command") as caught:
-        train("train.train_steps=500", "train.workers=1", "data.one.cache_latents=none")
+    with pytest.raises(HCPError, match="a process that loads images was killed .*train.workers.* Saved up to step [0-9]+; to go on: mend it and start the same command") as caught:
+        train("train.train_steps=500", "train.workers=2", "data.one.cache_latents=none")
     assert caught.value.exit_code == 2
 
 

@@ -1,55 +1,34 @@
 """Batches in the plan's order, made ahead: by loader processes, or by one thread where there is nothing to decode.
 
-The order and content of batches do not depend on the number of workers. A DataError of a worker comes up in the main process as itself.
+The order and content of batches do not depend on the number of workers. An error of a worker comes up in the main process as itself.
 """
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing import connection
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from ..errors import HCPError
+from ..errors import DataError, HCPError
 from .plan import MicroBatch, Position, Step
 from .sample import Batch, BatchMaker
 
 T = TypeVar("T")
 _AHEAD = 4  # batches made ahead per worker, or by the thread
+_LAST_WORDS = 10.0  # seconds from a worker's falling silent to its end
+_UNHEARD = tuple(getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGTERM", "SIGBREAK") if hasattr(signal, name))
 
 StepBatches = tuple[Step, list[Position], list[Batch]]
-_maker: BatchMaker  # a worker's own
-
-
-def _start_worker(maker: BatchMaker) -> None:
-    """Signals that reach the whole group or job are for the main process, which ends its workers when it has finished its step."""
-    global _maker
-    _maker = maker
-    for name in ("SIGINT", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))  # a second one ends it: the main process's last means
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-
-
-def _end_with_parent() -> None:
-    """A main process that was killed tells nobody: its workers would wait for it for ever."""
-    connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
-def _make(micro: MicroBatch) -> dict[str, Any]:
-    """In a worker: a batch whose tensors travel as arrays. Tensors would go through shared memory and file descriptors, of which containers
-    (64 MiB of /dev/shm) and shells (1024 files) have little."""
-    return {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in vars(_maker.make(micro)).items()}
 
 
 def step_batches(steps: Iterator[tuple[Step, list[Position]]], maker: BatchMaker, attach: Callable[[Batch, MicroBatch], Batch], rank: int, world: int,
@@ -57,28 +36,33 @@ def step_batches(steps: Iterator[tuple[Step, list[Position]]], maker: BatchMaker
     """(step, positions after it, this rank's batches) for each step; `attach` completes a batch in the main process."""
     if workers > 0:
         return _by_workers(steps, maker, attach, rank, world, workers)
-    made = ((step, after, [attach(maker.make(micro), micro) for micro in step.of_rank(rank, world)]) for step, after in steps)
+    made = ((step, after, [attach(_make(maker, micro), micro) for micro in step.of_rank(rank, world)]) for step, after in steps)
     return ahead(made, _AHEAD)
+
+
+def _make(maker: BatchMaker, micro: MicroBatch) -> Batch:
+    try:
+        return maker.make(micro)
+    except MemoryError as error:
+        raise DataError("no main memory was left to make a batch. Lower train.workers or batch_size, or set cache_latents: memory or disk, which needs less.") from error
 
 
 def _by_workers(steps: Iterator[tuple[Step, list[Position]]], maker: BatchMaker, attach: Callable[[Batch, MicroBatch], Batch], rank: int, world: int,
                 workers: int) -> Generator[StepBatches, None, None]:
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (maker,))
+    pool = _Workers(workers, maker)
     try:
         waiting: deque[tuple[Step, list[Position], list[tuple[Future, MicroBatch]]]] = deque()
         asked = 0
         for step, after in steps:
-            waiting.append((step, after, [(pool.submit(_make, micro), micro) for micro in step.of_rank(rank, world)]))
-            asked += len(waiting[-1][2])
+            waiting.append((step, after, [(pool.submit(micro), micro) for micro in step.of_rank(rank, world)]))
+            asked += max(1, len(waiting[-1][2]))  # a rank may have nothing for long: it does not look through the whole plan for that
             while waiting and asked > workers * _AHEAD:
-                asked -= len(waiting[0][2])
+                asked -= max(1, len(waiting[0][2]))
                 yield _arrived(*waiting.popleft(), attach)
         while waiting:
             yield _arrived(*waiting.popleft(), attach)
-    except BrokenProcessPool as error:
-        raise HCPError("a process that loads images has ended. Was it killed because the main memory was full? Lower train.workers, or set cache_latents, which needs none.") from error
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.close()
 
 
 def _arrived(step: Step, after: list[Position], batches: list[tuple[Future, MicroBatch]], attach: Callable[[Batch, MicroBatch], Batch]) -> StepBatches:
@@ -87,6 +71,123 @@ def _arrived(step: Step, after: list[Position], batches: list[tuple[Future, Micr
 
 def _whole(parts: dict[str, Any]) -> Batch:
     return Batch(**{name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in parts.items()})
+
+
+class _Workers:
+    """Processes that make batches. Each has a pipe and, in the main process, a thread that waits for it alone: one that dies, or is killed in whatever it does, leaves
+    nobody waiting, as it would with queues and locks that all share."""
+
+    def __init__(self, count: int, maker: BatchMaker):
+        self._maker, self._closed, self._processes = maker, False, []
+        self._threads, self._own, self._starting = ThreadPoolExecutor(count, thread_name_prefix="hcpdiff-batches"), threading.local(), threading.Lock()
+
+    def submit(self, micro: MicroBatch) -> Future:
+        """The parts of its batch, to come."""
+        return self._threads.submit(self._ask, micro)
+
+    def close(self) -> None:
+        """Ends the processes wherever they are: they write nothing that could be lost."""
+        with self._starting:
+            self._closed = True
+        for process in self._processes:
+            process.kill()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for process in self._processes:
+            process.join()
+
+    def _ask(self, micro: MicroBatch) -> dict[str, Any]:
+        if not hasattr(self._own, "process"):
+            self._start()
+        pipe, process = self._own.pipe, self._own.process
+        try:
+            pipe.send(micro)
+            connection.wait([pipe, process.sentinel])
+            if not pipe.poll():
+                raise EOFError
+            answer = pipe.recv_bytes()
+        except (EOFError, OSError) as error:
+            raise _ended(process) from error
+        parts, error, where = pickle.loads(answer)
+        if error is not None:
+            error.add_note(where)
+            raise error
+        return parts
+
+    def _start(self) -> None:
+        """In a thread, where no signal's handler runs, which could break off what it does in the middle."""
+        with self._starting:
+            if self._closed:
+                raise CancelledError
+            self._own.pipe, theirs = multiprocessing.Pipe()
+            with theirs:
+                process = multiprocessing.get_context("spawn").Process(target=_work, args=(theirs, self._maker), name="hcpdiff-loader")
+                _hold_signals_back()
+                try:
+                    process.start()
+                except OSError as error:
+                    raise HCPError(f"a process that loads images could not be started: {error.strerror or error}. Lower train.workers.") from error
+            self._processes.append(process)
+            self._own.process = process
+
+
+def _hold_signals_back() -> None:
+    """Of this thread, and so of the processes that it starts, until they have said what they do with them: seconds later, since they import torch first."""
+    if hasattr(signal, "pthread_sigmask"):
+        from multiprocessing import resource_tracker
+
+        resource_tracker.ensure_running()  # starting it lets some through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, _UNHEARD)
+
+
+def _ended(process: multiprocessing.Process) -> HCPError:
+    process.join(_LAST_WORDS)
+    code = process.exitcode
+    if code == -getattr(signal, "SIGKILL", 9):
+        return HCPError("a process that loads images was killed (SIGKILL): was the main memory full? Lower train.workers, or set cache_latents: memory or disk, which needs none.")
+    if code is not None and code < 0:
+        return HCPError(f"a process that loads images was ended by {signal.Signals(-code).name}; what it said, if anything, stands above.")
+    return HCPError(f"a process that loads images has ended with exit code {code}; what it said stands above.")
+
+
+# -- in a worker ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _work(pipe: connection.Connection, maker: BatchMaker) -> None:
+    """Signals that reach the whole group or job are for the main process, which ends its workers when it has finished its step."""
+    for number in _UNHEARD:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _UNHEARD)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    with suppress(EOFError, OSError):  # the main process has no more use for it
+        while True:
+            pipe.send_bytes(_answer(maker, pipe.recv()))
+
+
+def _end_with_parent() -> None:
+    """A main process that was killed tells nobody: its workers would make what they are at first."""
+    connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _answer(maker: BatchMaker, micro: MicroBatch) -> bytes:
+    """(a batch's parts, None, ''), or (None, an error, where it came from). Tensors travel as arrays: they would go through shared memory and file descriptors,
+    of which containers (64 MiB of /dev/shm) and shells (1024 files) have little."""
+    try:
+        parts = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in vars(_make(maker, micro)).items()}
+        return pickle.dumps((parts, None, ""), pickle.HIGHEST_PROTOCOL)
+    except Exception as error:
+        where = f"In a loader process:\n{traceback.format_exc()}"
+        try:
+            answer = pickle.dumps((None, error, where))
+            pickle.loads(answer)  # some cannot be made again from what they are pickled as
+            return answer
+        except Exception:
+            return pickle.dumps((None, RuntimeError(f"{type(error).__name__} in a loader process"), where))
+
+
+# -- without one ------------------------------------------------------------------------------------------------------------------------------
 
 
 def ahead(items: Iterator[T], most: int) -> Generator[T, None, None]:
