@@ -10,7 +10,7 @@ import diffusers  # noqa: F401
 import torch
 from torch import nn
 
-from hcpdiff.errors import CheckpointError, ConfigError, DataError, HCPError
+from hcpdiff.errors import CheckpointError, ConfigError, DataError, HCPError, NonFiniteError
 from hcpdiff.train import run, signals  # noqa: F401
 from hcpdiff.train.previews import PreviewHook
 from hcpdiff.train.optim import Gradients, optimizer_groups
@@ -21,7 +21,7 @@ from hcpdiff.trainables.lora import ParamGroup
 
 
 class Feed:
-    """Each rank's number of the step. lost: (ranks, step) whose batch cannot be made."""
+    """Each rank's number of the step. lost: (ranks, step, error, if not the usual one) whose batch cannot be made."""
 
     def __init__(self, lost=None):
         self.lost = lost
@@ -29,7 +29,7 @@ class Feed:
     def batches(self, start, rank, world, first_index, count):
         for step in range(first_index, first_index + count):
             if self.lost and rank in self.lost[0] and step == self.lost[1]:
-                raise DataError("images/5.png: the file is gone")
+                raise (*self.lost, DataError("images/5.png: the file is gone"))[2]
             yield step, [SimpleNamespace(epoch=0, chunk=step + 1)], [SimpleNamespace(value=step * world + rank, prompts=["a"], target_size=torch.tensor([[64, 64]]))]
 
     def names(self, step, world):
@@ -98,6 +98,17 @@ def slowly(rank, batch):
 def faulty_config(parallel):
     faults = parallel.faults(["the same key"] + ["only here"] * (parallel.rank == 1))
     raise ConfigError(faults)
+
+
+class Unsaved(Hook):
+    """Rank 0's: the save before the end finds weights that are not finite."""
+
+    def on_fault(self, trainer):
+        raise NonFiniteError("step 3 is not saved")
+
+
+def no_number(parallel):
+    return Unsaved() if parallel.main else Hook()
 
 
 class Bad(Hook):
@@ -250,6 +261,8 @@ ALL = {
     "lost_lag": (2, lambda rank: member(rank, lost=([1], 3), lag=True, hooks=[drawn]), None),
     "lost_last": (2, lambda rank: member(rank, lost=([0], 5), lag=True, hooks=[drawn]), None),
     "lost_stopped": (2, lambda rank: member(rank, stop_at_3, lost=([1], 3), lag=True, hooks=[drawn]), None),
+    "lost_bug": (2, lambda rank: member(rank, lost=([1], 3, ZeroDivisionError("of ours"))), None),
+    "lost_full": (2, lambda rank: member(rank, lost=([1], 3), hooks=[no_number]), None),
     "bug": (3, lambda rank: member(rank, at(2, 3, lambda: 1 / 0)), None),
     "memory": (3, lambda rank: member(rank, at(1, 3, OUT_OF_MEMORY)), None),
     "nan": (3, lambda rank: member(rank, lambda rank, batch: float("nan") if rank == 1 and batch.value > 4 else None), None),

@@ -128,6 +128,18 @@ def test_two_processes_stopped_and_resumed_train_what_one_does_with_accumulation
     assert not parts.said[1] and not resumed.said[1] and sorted(path.name for path in (parts.folder / "run" / "states").iterdir()) == ["3", "5"]  # rank 0 speaks and writes
 
 
+def test_a_batch_that_one_cannot_make_by_a_fault_of_ours_costs_no_step_and_shows_its_traceback(ended):
+    group = ended("lost_bug")
+    assert group.codes == [1, 1] and not group.said[0] and group.said[1].count("Traceback") == 1 and "ZeroDivisionError: of ours" in group.said[1], group.said
+    assert group.read("saved") == "3"
+
+
+def test_a_save_that_fails_for_want_of_a_batch_elsewhere_gives_all_its_exit_code(ended):
+    group = ended("lost_full")
+    said = "".join(group.said)
+    assert group.codes == [3, 3] and said.count("images/5.png: the file is gone") == said.count("step 3 is not saved") == 1, group.said
+
+
 def test_two_processes_of_sdxl_stopped_and_resumed_train_what_one_does_with_accumulation(ended):
     one, two, resumed = ended("sdxl_one"), ended("sdxl_parts"), ended("sdxl_resumed")
     assert one.codes == [0] and two.codes == resumed.codes == [0, 0], (one.said, two.said, resumed.said)

@@ -17,7 +17,7 @@ from torch import nn
 
 from hcpdiff.checkpoint.resume import load_state, save_state
 from hcpdiff.checkpoint.runs import find_run, states
-from hcpdiff.errors import CheckpointError, ConfigError, DataError, FeedError, Interrupted
+from hcpdiff.errors import CheckpointError, ConfigError, DataError, FeedError, HCPError, Interrupted, NonFiniteError
 from hcpdiff.train import signals
 from hcpdiff.train.folder import check, claim
 from hcpdiff.train.optim import Gradients, optimizer_groups, weights_for_use
@@ -266,14 +266,14 @@ def test_a_first_signal_that_meets_a_long_call_outside_of_steps_stops_the_run_af
 class Lossy(ToyFeed):
     """Cannot make the batches of the step with the (0-based) number `missing`."""
 
-    def __init__(self, missing):
+    def __init__(self, missing, error=DataError("cat.jpg: the file is gone")):
         super().__init__()
-        self.missing = missing
+        self.missing, self.error = missing, error
 
     def batches(self, start, rank, world, first_index, count):
         for item in super().batches(start, rank, world, first_index, count):
             if item[0] == self.missing:
-                raise DataError("cat.jpg: the file is gone")
+                raise self.error
             yield item
 
 
@@ -295,6 +295,35 @@ def test_a_batch_that_cannot_be_made_ends_the_run_after_what_was_done_is_told(la
     twin.fit(StopRequest())
     assert faults == told and torch.equal(weight, other) and trainer.pending is None
     assert torch.equal(trainer.loss_scale.pair, twin.loss_scale.pair) and [step for step, _ in trainer.take_records()] == list(range(1, missing + 1))
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["kept", "not_kept"])
+def test_a_fault_of_ours_in_the_feed_costs_no_finished_step_either(full):
+    kept = []
+
+    class Keeper(Hook):
+        def on_fault(self, trainer):
+            kept.append(trainer.state.step)
+            if full:
+                raise CheckpointError("no space is left")
+
+    trainer, _ = toy(steps=6, hooks=[Keeper()])
+    trainer.feed = Lossy(4, ZeroDivisionError("of ours"))
+    with pytest.raises(ZeroDivisionError, match="of ours") as caught:
+        trainer.fit(StopRequest())
+    assert kept == [4] and getattr(caught.value, "__notes__", []) == ["no space is left"] * full
+
+
+def test_weights_that_are_not_finite_when_a_batch_is_lost_end_with_their_own_exit_code():
+    class Keeper(Hook):
+        def on_fault(self, trainer):
+            raise NonFiniteError("step 4 is not saved")
+
+    trainer, _ = toy(steps=6, hooks=[Keeper()])
+    trainer.feed = Lossy(4)
+    with pytest.raises(HCPError) as caught:
+        trainer.fit(StopRequest())
+    assert caught.value.exit_code == 3 and caught.value.faults == ["cat.jpg: the file is gone", "step 4 is not saved"]
 
 
 def test_an_error_of_a_step_is_none_of_its_batch():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.shadow import Shadow
-from ..errors import FeedError, HCPError, NonFiniteError
+from ..errors import FeedError, HCPError, NonFiniteError, PeerError
 from .optim import Gradients, set_lr
 from .parallel import Parallel
 from .signals import StopRequest
@@ -119,23 +119,31 @@ class Trainer:
         """What the feed gives. Where it fails, steps without a batch come instead of those that are left: the other processes are met in them as ever, and learn of it."""
         try:
             yield from feed
-        except HCPError as error:  # the feed's: what a step raises does not come by here
-            self.fault = error.with_traceback(None)  # which would hold this frame, and so the trainer
+        except Exception as error:  # the feed's: what a step raises does not come by here
+            self.fault = error.with_traceback(None) if isinstance(error, HCPError) else error  # which would hold this frame, and so the trainer
         if self.fault:
             for _ in range(self.total_steps - self.state.step):
                 yield None, self.state.positions, []
 
     def _end_without_batch(self) -> NoReturn:
-        """All processes are here, at the last step that they have finished."""
-        lost, unsaved = self.fault.faults if self.fault else [], []
+        """All processes are here, at the last step that they have finished. They end with the same error; what is no user's mistake is for its own process to show."""
+        unsaved, ours = [], self.fault is not None and not isinstance(self.fault, HCPError)
         if self.state.step > self.first:
             try:
                 self._tell("on_fault")
             except HCPError as error:
-                unsaved = error.faults
-        told = self.parallel.gather((lost, unsaved))  # also waits for the save
-        lost, unsaved = (list(dict.fromkeys(fault for faults in some for fault in faults)) for some in zip(*told))
-        raise (HCPError if unsaved else FeedError)(lost + unsaved) from self.fault
+                unsaved = [error.with_traceback(None)]
+        lost = self.fault.faults if self.fault and not ours else []
+        told = self.parallel.gather((lost, unsaved, ours))  # also waits for the save
+        lost, unsaved = list(dict.fromkeys(fault for faults, _, _ in told for fault in faults)), [error for _, errors, _ in told for error in errors]
+        if ours:
+            for error in unsaved:
+                self.fault.add_note(str(error))
+            raise self.fault
+        if any(theirs for *_, theirs in told):
+            raise PeerError("another process of this run could not make a batch; what it said stands above.")
+        kind = type(unsaved[0]) if unsaved else FeedError  # and so its exit code
+        raise kind(lost + [fault for error in unsaved for fault in error.faults]) from self.fault
 
     def _steps(self, feed: Iterable[tuple[Any, list, list]], stop: StopRequest, patience: ExitStack) -> bool:
         """Whether none of them was the last by a wish. From the first one's end on there is something to keep, and `patience` is entered."""
