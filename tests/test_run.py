@@ -239,6 +239,7 @@ def test_a_signal_is_answered_in_the_log(train, monkeypatch):
 
     hooks = Run._hooks
     monkeypatch.setattr(Run, "_hooks", lambda self: [*hooks(self), Signal(self.stop)])
+    assert "Ctrl+C (SIGINT): step 2 or 3 will be finished and saved; once more (3 s later or more) stops at once." in train("train.train_steps=3")[1]
     assert "Ctrl+C (SIGINT): step 2 will be finished and saved; once more (3 s later or more) stops at once." in train()[1]
 
 

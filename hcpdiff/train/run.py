@@ -98,9 +98,10 @@ class Run:
         return 0 if finished else self._signal_code()
 
     def _answer(self, trainer: Trainer, number: int) -> None:
-        """Says at once what becomes of a signal, from a thread: its step may take minutes. A device that works ahead of the host gets one step further."""
+        """Says at once what becomes of a signal, from a thread: its step may take minutes. A device that works ahead of the host gets one step further, and so does
+        a step that had asked for signals before this one came."""
         last = min(trainer.state.step + 1 + trainer.lag, self.total_steps)
-        self.log.say(f"{signal_name(number)}: step {last} will be finished and saved; once more ({PATIENCE:.0f} s later or more) stops at once.")
+        self.log.say(f"{signal_name(number)}: step {last}{f' or {last + 1}' if last < self.total_steps else ''} will be finished and saved; once more ({PATIENCE:.0f} s later or more) stops at once.")
 
     def _say_the_end(self, finished: bool, step: int) -> None:
         self.log.say(f"{'done' if finished else 'stopped'}: step {step} after {time.monotonic() - self.started:.0f} s, peak memory {machine.peak_memory(self.device)}. "
