@@ -354,9 +354,13 @@ def test_an_error_of_a_worker_comes_up_with_the_place_it_comes_from():
     assert "Needy: first" in "".join(caught.value.__notes__)
 
 
-def test_a_want_of_memory_is_told_with_what_needs_less():
+def test_a_want_of_memory_is_told_with_what_needs_less_and_is_no_fault_of_a_file(root, monkeypatch):
     with pytest.raises(DataError, match="no main memory was left to make a batch. Lower train.workers"):
         list(acting((fail, MemoryError), workers=0))
+    data = build(dataset(source(root)))
+    monkeypatch.setattr("hcpdiff.data.image.decode", lambda *args: fail(MemoryError))
+    with pytest.raises(DataError, match="png: no main memory was left to read it"):
+        list(data.batches(count=1))
 
 
 def test_a_rank_that_has_nothing_for_long_does_not_look_through_the_whole_plan():

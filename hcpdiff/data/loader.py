@@ -100,7 +100,7 @@ class _Workers:
             self._start()
         pipe, process = self._own.pipe, self._own.process
         try:
-            pipe.send(micro)
+            pipe.send_bytes(pickle.dumps(micro))
             connection.wait([pipe, process.sentinel])
             if not pipe.poll():
                 raise EOFError

@@ -149,6 +149,8 @@ def reason(error: BaseException, path: str) -> str:
     """Why an image cannot be read, in a few words without its path."""
     if isinstance(error, FileNotFoundError):
         return "the file is gone"
+    if isinstance(error, MemoryError):
+        return "no main memory was left to read it"
     if os.path.exists(path) and os.path.getsize(path) == 0:
         return "the file is empty"
     if isinstance(error, pixels.Image.DecompressionBombError):
