@@ -44,7 +44,8 @@ def _make(maker: BatchMaker, micro: MicroBatch) -> Batch:
     try:
         return maker.make(micro)
     except MemoryError as error:
-        raise DataError("no main memory was left to make a batch. Lower train.workers or batch_size, or set cache_latents: memory or disk, which needs less.") from error
+        raise DataError("no main memory was left to make a batch. Lower train.workers or batch_size, or set cache_latents: memory or disk, which needs less."
+                        ) from error
 
 
 def _by_workers(steps: Iterator[tuple[Step, list[Position]]], maker: BatchMaker, attach: Callable[[Batch, MicroBatch], Batch], rank: int, world: int,
@@ -74,7 +75,7 @@ def _whole(parts: dict[str, Any]) -> Batch:
 
 
 class _Workers:
-    """Processes that make batches. Each has a pipe and, in the main process, a thread that waits for it alone: one that dies, or is killed in whatever it does, leaves
+    """Processes that make batches. Each has a pipe and, in the main process, a thread that waits for it alone: one that is killed, in whatever it does, leaves
     nobody waiting, as it would with queues and locks that all share."""
 
     def __init__(self, count: int, maker: BatchMaker):
@@ -143,7 +144,8 @@ def _ended(process: multiprocessing.Process) -> HCPError:
     process.join(_LAST_WORDS)
     code = process.exitcode
     if code == -getattr(signal, "SIGKILL", 9):
-        return HCPError("a process that loads images was killed (SIGKILL): was the main memory full? Lower train.workers, or set cache_latents: memory or disk, which needs none.")
+        return HCPError("a process that loads images was killed (SIGKILL): was the main memory full? Lower train.workers, or set cache_latents: memory or disk, "
+                        "which needs none.")
     if code is not None and code < 0:
         return HCPError(f"a process that loads images was ended by {signal.Signals(-code).name}; what it said, if anything, stands above.")
     return HCPError(f"a process that loads images has ended with exit code {code}; what it said stands above.")
@@ -166,7 +168,7 @@ def _work(pipe: connection.Connection, maker: BatchMaker) -> None:
 
 
 def _end_with_parent() -> None:
-    """A main process that was killed tells nobody: its workers would make what they are at first."""
+    """A main process that was killed tells nobody: its workers would first make what they are at."""
     connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 

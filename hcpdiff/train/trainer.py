@@ -126,7 +126,8 @@ class Trainer:
                 yield None, self.state.positions, []
 
     def _end_without_batch(self) -> NoReturn:
-        """All processes are here, at the last step that they have finished. They end with the same error; what is no user's mistake is for its own process to show."""
+        """All processes are here, at the last step that they have finished. They end with the same error; one that is no user's mistake is for its own process
+        to show."""
         unsaved, ours = [], self.fault is not None and not isinstance(self.fault, HCPError)
         if self.state.step > self.first:
             try:
