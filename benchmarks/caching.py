@@ -4,6 +4,7 @@
     python benchmarks/caching.py --pixels 512 --images 4
     python benchmarks/caching.py --device cuda --pixels 512 --images 200
     python benchmarks/caching.py --images 8 --kinds 12-png        # one kind of file
+    python benchmarks/caching.py --model demo/model --pixels 64 --images 2 --kinds 2-jpg --rounds 1   # whether all of it works, in seconds
 
 Photographs are made: noise of all sizes, 2, 6 and 12 megapixels, JPEG and PNG. `second start` is the disk cache filled again by a new object, which encodes
 nothing; its figure is a share of the VAE's own time for the same images.
@@ -80,8 +81,8 @@ class Filling:
 
 
 def encoder(args: argparse.Namespace):
-    """SD1.5's VAE as a run encodes with it: in fp32."""
-    config = AutoencoderKL.load_config(ROOT / "hcpdiff" / "assets" / "base_models" / "sd1" / "vae")
+    """SD1.5's VAE, or one of the shape of `--model`'s, as a run encodes with it: in fp32."""
+    config = AutoencoderKL.load_config((args.model or ROOT / "hcpdiff" / "assets" / "base_models" / "sd1") / "vae")
     vae = AutoencoderKL.from_config(config).eval().requires_grad_(False).to(args.device)
     models = Models(StableDiffusion(), None, "random", {"vae": vae}, {}, {})
     return _encoder(models, torch.device(args.device))
@@ -117,6 +118,7 @@ def measure(args: argparse.Namespace, place: Path) -> list[Figure]:
 def main() -> None:
     """Measures and prints the table."""
     options = parser(__doc__, rounds=3)
+    options.add_argument("--model", type=Path, help="a diffusers folder: a VAE of its shape in the place of SD1.5's")
     options.add_argument("--pixels", type=int, default=256, help="side of the square whose area is trained on")
     options.add_argument("--images", type=int, default=6)
     options.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)

@@ -2,6 +2,7 @@
 
     python benchmarks/layers.py --threads 1                        # the layers of SD1.5 at 512 px, rank 8, fp32
     python benchmarks/layers.py --device cuda --dtype bf16
+    python benchmarks/layers.py --shape 64 32 256 --rounds 1       # one layer: tokens, width of the input, width of the output
 
 `merged` is the best that this route can do: W + s up down is made anew in every step, since every step changes up and down; one product each
 in forward and backward does the base and the LoRA together; the factors' gradients come from rank-sized products. It is measured to know
@@ -66,7 +67,7 @@ def ways(layer: nn.Linear, rank: int) -> dict[str, Callable[[Tensor], Tensor]]:
 def measure(args) -> list[Figure]:
     """Three figures for each layer: ours to the floor, to peft's and to the merged weight."""
     figures = []
-    for tokens, width, out in SHAPES:
+    for tokens, width, out in args.shape or SHAPES:
         like = {"device": args.device, "dtype": DTYPES[args.dtype]}
         x, g = torch.randn(args.batch * tokens, width, requires_grad=True, **like), torch.randn(args.batch * tokens, out, **like)
         layer = nn.Linear(width, out, **like).requires_grad_(False)
@@ -87,6 +88,7 @@ def main() -> None:
     made.add_argument("--batch", type=int, default=1)
     made.add_argument("--rank", type=int, default=8)
     made.add_argument("--dtype", choices=DTYPES, default="fp32")
+    made.add_argument("--shape", type=int, nargs=3, action="append", metavar=("TOKENS", "IN", "OUT"), help="a layer in the place of SD1.5's; may be given several times")
     args = made.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -84,7 +84,7 @@ def measure(args) -> tuple[list[float], list[float]]:
             return [*super()._hooks(), self.pairs]
 
     with tempfile.TemporaryDirectory() as place:
-        model = ROOT / "demo" / "model" if args.tiny else make_once(args.model)
+        model = ROOT / "demo" / "model" if args.tiny else make_once(args.model, args.device)
         keys = [f"exp_dir={place}/run", f"model.pretrained_model_name_or_path={model}", f"train.train_steps={WARM + args.rounds * args.block}", f"data.dataset1.batch_size={args.batch}",
                 f"data.dataset1.bucket.target_area={args.pixels**2}", f"mixed_precision={args.dtype}",
                 "model.gradient_checkpointing=false", f"model.compile={str(args.compile).lower()}", *([f"train.cpu_threads={args.threads}"] if args.threads else [])]

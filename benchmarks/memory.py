@@ -153,6 +153,7 @@ def need(args: argparse.Namespace) -> dict[str, int]:
     before = import_all(args.device)
     import torch
     from diffusers import UNet2DConditionModel
+    from step import factor_of
     from ways import WAYS, Batch, targets
 
     from hcpdiff.device import DTYPES
@@ -165,7 +166,7 @@ def need(args: argparse.Namespace) -> dict[str, int]:
         parameter.fill_(0.01)
     if args.checkpointing:
         unet.enable_gradient_checkpointing()
-    side, like, weights = args.pixels // 8, {"dtype": DTYPES[args.dtype], "device": args.device}, held(args.device)
+    side, like, weights = args.pixels // factor_of(args.model), {"dtype": DTYPES[args.dtype], "device": args.device}, held(args.device)
     noisy, target = (torch.randn(args.batch, 4, side, side, **like) for _ in range(2))
     batch = Batch(noisy, torch.full((args.batch,), 500, device=args.device), torch.randn(args.batch, 77, unet.config.cross_attention_dim, **like), target)
     kept = {}
@@ -243,7 +244,7 @@ def main() -> None:
         print(json.dumps({"need": need, "train": train}[args.child](args)))
         return
     if not (args.model / "model_index.json").is_file():
-        subprocess.run([sys.executable, str(Path(__file__).parent / "make_full_size.py"), str(args.model)], check=True)
+        subprocess.run([sys.executable, str(Path(__file__).parent / "make_full_size.py"), str(args.model), f"--device={args.device}"], check=True)
     parts = child(args, "need")
     runs = [child(args, "train") for _ in range(args.rounds)]
     tell(parts, runs[0])

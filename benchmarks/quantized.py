@@ -46,12 +46,7 @@ def held(device: str) -> float:
 def make(args: argparse.Namespace, code: str | None) -> torch.nn.Module:
     """The UNet, the same weights every time, made and quantized where it is trained."""
     torch.manual_seed(0)
-    if args.model:
-        from diffusers import UNet2DConditionModel
-
-        unet = UNet2DConditionModel.from_pretrained(args.model / "unet").requires_grad_(False).to(args.device, DTYPES[args.dtype]).train()
-    else:
-        unet = make_unet(args.family, args.device, DTYPES[args.dtype])
+    unet = make_unet(args)
     if code:
         move(unet, torch.device(args.device), Plan(code, ClipUnet.dense).keeper(unet))
     if args.checkpointing:

@@ -120,7 +120,7 @@ def main() -> None:
     if args.child:
         return reference(args) if args.child == "reference" else run(args, args.place)
     if not args.tiny and not (args.model / "model_index.json").is_file():
-        subprocess.run([sys.executable, str(Path(__file__).parent / "make_full_size.py"), str(args.model)], check=True)
+        subprocess.run([sys.executable, str(Path(__file__).parent / "make_full_size.py"), str(args.model), f"--device={args.device}"], check=True)
     with tempfile.TemporaryDirectory() as place:
         child(args, "fill", place)
         made: dict[str, list[dict]] = {"run": [], "reference": []}

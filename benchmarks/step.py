@@ -3,6 +3,7 @@
     python benchmarks/step.py                               # SD1.5, 512 px, batch 1, fp32 on a CPU
     python benchmarks/step.py --pixels 256 --rounds 7
     python benchmarks/step.py --family sdxl --pixels 1024 --device cuda --dtype bf16 --batch 8 [--compile]
+    python benchmarks/step.py --model demo/model --pixels 64               # a small model: whether all of it works, in seconds
 
 Weights are random: speed and memory do not depend on them. Every way has a copy of the UNet that shares the weights, and all are there from the beginning;
 after steps that do not count, every way takes a turn in each round, and a ratio is of two turns of one round. A turn is a step on a CPU, and on a GPU the mean
@@ -43,20 +44,29 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONFIGS = ROOT / "hcpdiff" / "assets" / "base_models"
 
 
-def make_unet(family: str, device: str, dtype: torch.dtype) -> UNet2DConditionModel:
-    """The published architecture with random weights, frozen."""
-    with torch.device(device):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(CONFIGS / family / "unet"))
-    return unet.to(dtype).requires_grad_(False).train()
+def make_unet(args: argparse.Namespace) -> UNet2DConditionModel:
+    """The published architecture with random weights, made on the device that trains it, or the UNet of `--model`; frozen."""
+    if args.model:
+        unet = UNet2DConditionModel.from_pretrained(args.model / "unet").to(args.device)
+    else:
+        with torch.device(args.device):
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(CONFIGS / args.family / "unet"))
+    return unet.to(DTYPES[args.dtype]).requires_grad_(False).train()
+
+
+def factor_of(folder: Path) -> int:
+    """Pixels of a latent cell's side, from a model's config of its VAE."""
+    return 2 ** (len(AutoencoderKL.load_config(folder / "vae")["block_out_channels"]) - 1)
 
 
 def make_batch(args: argparse.Namespace, unet: UNet2DConditionModel) -> Batch:
     """Random latents, timesteps and text of the family's shapes; the encoders only where `example` is asked for."""
     torch.manual_seed(0)
-    side, like = args.pixels // 8, {"device": args.device, "dtype": DTYPES[args.dtype]}
+    side, like = args.pixels // factor_of(args.model or CONFIGS / args.family), {"device": args.device, "dtype": DTYPES[args.dtype]}
     added = None
     if unet.config.addition_embed_type == "text_time":
-        added = {"text_embeds": torch.randn(args.batch, 1280, **like), "time_ids": torch.full((args.batch, 6), float(args.pixels), device=args.device)}
+        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        added = {"text_embeds": torch.randn(args.batch, pooled, **like), "time_ids": torch.full((args.batch, 6), float(args.pixels), device=args.device)}
     latents = [torch.randn(args.batch, 4, side, side, **like) for _ in range(2)]
     batch = Batch(latents[0], torch.randint(0, 1000, (args.batch,), device=args.device), torch.randn(args.batch, 77, unet.config.cross_attention_dim, **like), latents[1], added)
     if "example" in args.ways:
@@ -66,7 +76,7 @@ def make_batch(args: argparse.Namespace, unet: UNet2DConditionModel) -> Batch:
 
 def make_encoders(args: argparse.Namespace, like: dict):
     """VAE and text encoder, frozen, as a function to (latents, text)."""
-    config = CONFIGS / args.family
+    config = args.model or CONFIGS / args.family
     vae = AutoencoderKL.from_config(AutoencoderKL.load_config(config / "vae")).to(**like).requires_grad_(False)
     text = CLIPTextModel(CLIPTextConfig.from_pretrained(config / "text_encoder")).to(**like).requires_grad_(False)
     pixels, ids = torch.rand(args.batch, 3, args.pixels, args.pixels, **like) * 2 - 1, torch.randint(0, 49000, (args.batch, 77), device=args.device)
@@ -169,7 +179,7 @@ def if_it_fits(way: Way, work, *given) -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, Way]:
     """The ways, measured."""
-    unet = make_unet(args.family, args.device, DTYPES[args.dtype])
+    unet = make_unet(args)
     batch = make_batch(args, unet)
     ways = {name: Way(name) for name in [*args.ways, *([EAGER] if args.compile else []), *([KEPT] if args.checkpointing else [])]}
     for way in ways.values():
@@ -195,7 +205,7 @@ def same_work(ways: dict[str, Way], args: argparse.Namespace) -> None:
 def goal(args: argparse.Namespace) -> float | None:
     """Ours to the floor at most, where there is a goal for such a step (rank 8)."""
     size, large = {"sd1": 512, "sdxl": 1024}.get(args.family), (args.family, args.batch) == ("sdxl", 8)
-    if args.pixels != size or args.rank != 8 or args.checkpointing and not large:  # SDXL's eight samples do not fit without
+    if args.model or args.pixels != size or args.rank != 8 or args.checkpointing and not large:  # SDXL's eight samples do not fit without
         return None
     if args.device == "cpu":
         return {1: 1.10, 4: 1.08}.get(args.batch) if (args.family, args.dtype, args.compile) == ("sd1", "fp32", False) else None
@@ -208,13 +218,13 @@ def goal(args: argparse.Namespace) -> float | None:
 
 def first_target(args: argparse.Namespace) -> bool:
     """Whether it is the step that has goals in seconds: SD1.5 at 512 px, batch 1, half precision, on a GPU."""
-    wanted = (args.family, args.pixels, args.batch, args.rank, args.checkpointing) == ("sd1", 512, 1, 8, False)
+    wanted = (args.model, args.family, args.pixels, args.batch, args.rank, args.checkpointing) == (None, "sd1", 512, 1, 8, False)
     return wanted and args.device != "cpu" and args.dtype != "fp32"
 
 
 def figures(args: argparse.Namespace, ways: dict[str, Way]) -> list[Figure]:
     """Ours to each other way, and what --compile and --checkpointing change of ours. Below peft's: on a GPU in every pair; a CPU's host is too noisy for that."""
-    label = f"{args.family} {args.pixels} px batch {args.batch} {args.dtype}{' compiled' if args.compile else ''}{' checkpointing' if args.checkpointing else ''}"
+    label = f"{args.model or args.family} {args.pixels} px batch {args.batch} {args.dtype}{' compiled' if args.compile else ''}{' checkpointing' if args.checkpointing else ''}"
     ours, gpu, made = ways["ours"], args.device != "cpu", []
     bounds = {"floor": goal(args), "loop": 1.0, "loop plain": 1.0}
     for way in (way for name, way in ways.items() if name not in ("ours", EAGER, KEPT)):
@@ -258,6 +268,7 @@ def main() -> None:
     """Measures and prints the table."""
     made = parser(__doc__, rounds=5)
     made.add_argument("--family", choices=["sd1", "sd2", "sdxl"], default="sd1")
+    made.add_argument("--model", type=Path, help="a diffusers folder whose UNet is taken instead of one of the family with random weights")
     made.add_argument("--pixels", type=int, default=512)
     made.add_argument("--batch", type=int, default=1)
     made.add_argument("--rank", type=int, default=8)
