@@ -6,12 +6,15 @@
 
 Each way draws the same pictures (prompts, seeds, sampler, steps), with prompts that were encoded before, and writes them as PNG files. The largest difference
 of ours to diffusers' with the LoRA is a figure in fp32 (TF32 is switched off), and only told in half precision, where the order of the sums decides it.
+On a CPU the CPU seconds of all threads stand beside the seconds, with the median of their ratios: other work on the machine lengthens them less.
 """
 
 import argparse
 import copy
 import statistics
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from common import FOLDER, ROOT, Figure, in_turn, parser, ratios, show
@@ -84,23 +87,45 @@ class Ours:
         self.paths = run.draw(self.request, self.studio, lambda line: None)
 
 
+class Clocked:
+    """A work, with the CPU seconds of each of its calls."""
+
+    def __init__(self, work: Callable[[], None]):
+        self.work, self.seconds = work, []
+
+    def __call__(self) -> None:
+        started = time.process_time()
+        self.work()
+        self.seconds.append(time.process_time() - started)
+
+
+def medians(seconds: dict[str, list[float]], works: dict[str, Clocked], other: str, args: argparse.Namespace) -> dict[str, float]:
+    """What stands beside the ratio of ours to another way, for a picture."""
+    def both(unit: str, times: dict[str, list[float]]) -> dict[str, float]:
+        return {f"{name} {unit}": statistics.median(times[way]) / args.pictures for name, way in (("ours", OURS), ("theirs", other))}
+
+    if args.device != "cpu":
+        return both("s", seconds)
+    cpu = {name: work.seconds[-args.rounds :] for name, work in works.items()}
+    return both("s", seconds) | both("CPU s", cpu) | {"CPU ratio": statistics.median(ratios(cpu[OURS], cpu[other]))}
+
+
 def measure(args: argparse.Namespace, place: Path) -> list[Figure]:
-    """Seconds by way and round."""
-    folder, lora = args.model or make_once(FOLDER), place / "lora.safetensors"
+    """Ours to each of the others, and how far the pictures are apart."""
+    folder, lora = args.model or make_once(FOLDER, args.device), place / "lora.safetensors"
     plain = DiffusionPipeline.from_pretrained(folder, torch_dtype=DTYPES[args.dtype], safety_checker=None, requires_safety_checker=False)
     write_lora(plain.unet, lora)
     peft = type(plain)(**{**plain.components, "unet": copy.deepcopy(plain.unet)}, requires_safety_checker=False)
     peft.load_lora_weights(lora)
-    works = {PLAIN: Theirs(plain.to(args.device), args, place / "plain"), PEFT: Theirs(peft.to(args.device), args, place / "peft"),
-             OURS: Ours(folder, lora, args, place / "ours")}
+    ours = Ours(folder, lora, args, place / "ours")
+    works = {PLAIN: Clocked(Theirs(plain.to(args.device), args, place / "plain")), PEFT: Clocked(Theirs(peft.to(args.device), args, place / "peft")), OURS: Clocked(ours)}
     if args.threads:
         torch.set_num_threads(args.threads)
     seconds = in_turn(works, args.rounds, args.device)
-    far = max(np.abs(_pixels(path) - _pixels(place / "peft" / f"{n}.png")).max() for n, path in enumerate(works[OURS].paths))
+    far = max(np.abs(_pixels(path) - _pixels(place / "peft" / f"{n}.png")).max() for n, path in enumerate(ours.paths))
     what = f"picture with LoRA, {folder.name}, {args.pixels} px, {args.steps} steps, {args.batch} a batch, {args.dtype}"
-    each = {name: statistics.median(times) / args.pictures for name, times in seconds.items()}
-    return [Figure(what, PLAIN, ratios(seconds[OURS], seconds[PLAIN]), 1.02, values={"ours s": each[OURS], "theirs s": each[PLAIN]}),
-            Figure(what, PEFT, ratios(seconds[OURS], seconds[PEFT]), values={"ours s": each[OURS], "theirs s": each[PEFT]}),
+    return [Figure(what, PLAIN, ratios(seconds[OURS], seconds[PLAIN]), 1.02, values=medians(seconds, works, PLAIN, args)),
+            Figure(what, PEFT, ratios(seconds[OURS], seconds[PEFT]), values=medians(seconds, works, PEFT, args)),
             Figure(f"largest difference of a {what}", "1 of 255", [float(far)], 1.0 if args.dtype == "fp32" else None)]
 
 
