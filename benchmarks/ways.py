@@ -71,7 +71,7 @@ def targets(unet: nn.Module) -> dict[str, nn.Linear]:
 
 
 class _Learnt(torch.autograd.Function):
-    """A tensor as it is, to which the backward pass has to come."""
+    """A tensor as it is, to which the backward pass has to come: of its gradient one number goes on to `anchor`, or a compiler would leave all of it out."""
 
     @staticmethod
     def forward(ctx, out, anchor):
@@ -79,7 +79,12 @@ class _Learnt(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        return g, None
+        return g, g[(0,) * g.dim()].float()
+
+
+def _marked(out: Tensor, anchor: Tensor) -> Tensor:
+    """For a compiler."""
+    return out if out.requires_grad else _Learnt.apply(out, anchor)
 
 
 def _needs_gradient(out: Tensor, anchor: Tensor) -> Tensor:
@@ -95,7 +100,7 @@ def floor(unet: nn.Module, batch: Batch, rank: int) -> Iterator[Step]:
         return loss.detach()
 
     anchor = torch.zeros((), device=batch.noisy.device, requires_grad=True)
-    mark = _Learnt.apply if batch.compiled else _needs_gradient
+    mark = _marked if batch.compiled else _needs_gradient
     marks = [layer.register_forward_hook(lambda module, args, out: mark(out, anchor)) for layer in targets(unet).values()]
     try:
         yield Step(step)
