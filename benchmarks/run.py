@@ -5,16 +5,23 @@
     python benchmarks/run.py --only step loop --rounds 3
     python benchmarks/run.py --keep build/figures     # what is measured is kept there, and not measured again by the next call
     python benchmarks/run.py --write                  # also puts the table into docs/performance.md
+    python benchmarks/run.py --device cuda --only first --keep build/figures --seconds 540    # what tells most, in pieces of nine minutes
 
 Each figure is a ratio against a named reference in the same run: pairs in turn, median and range. Nothing else should run on the machine. Benchmarks are sorted
-by how much they tell, those of a GPU above all: where time comes in pieces, --keep goes on where the piece before ended.
+by how much they tell, those of a GPU above all: where time comes in pieces, --keep goes on where the piece before ended, and --seconds ends a piece with the
+table of what is there. What each benchmark printed stands beside its figures.
 """
 
 import argparse
+import contextlib
+import math
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -39,22 +46,26 @@ CPU = {
 HALF = "step.py --dtype bf16 --rounds 5"
 SD1, SDXL = f"{HALF} --family sd1 --pixels 512", f"{HALF} --family sdxl --pixels 1024"
 PLAIN, ALL = "--ways floor loop loop-plain ours", "--ways floor loop loop-plain example hooks ours"
-CUDA = {  # compiling takes minutes for each way, so only three are compiled
-    "step": [f"{SD1} --batch 1 {ALL}", f"{SD1} --batch 1 --compile --ways floor loop ours", f"{SD1} --batch 8 {PLAIN} hooks", f"{SDXL} --batch 1 {PLAIN} hooks"],
+QUANTIZED, COMPILED = "quantized.py --dtype bf16 --rounds 5", "--compile --ways floor loop ours"  # compiling takes minutes for each way, so only three are compiled
+STEPS = [f"{SD1} --batch 1 {ALL}", f"{SD1} --batch 8 {PLAIN}", f"{SDXL} --batch 1 {PLAIN}", f"{SD1} --batch 1 {COMPILED}"]
+CUDA = {
+    "first": [STEPS[0], "gpu_tests.py", STEPS[1], STEPS[2], f"{QUANTIZED} --family sdxl --pixels 1024 --batch 1", STEPS[3]],  # no model is written to disk for these
+    "tests": ["gpu_tests.py", "gpu_tests.py --long"],
+    "step": STEPS,
     "loop": ["loop.py --pixels 512 --rounds 7 --block 20", "loop.py --pixels 512 --rounds 7 --block 20 --compile", "loop.py --tiny --pixels 64 --rounds 7 --block 60"],
-    "quantized": [f"quantized.py --dtype bf16 --rounds 5 {sizes}" for sizes in ("--family sdxl --pixels 1024 --batch 1", "--family sdxl --pixels 1024 --batch 8 --checkpointing",
+    "quantized": [f"{QUANTIZED} {sizes}" for sizes in ("--family sdxl --pixels 1024 --batch 1", "--family sdxl --pixels 1024 --batch 8 --checkpointing",
                   "--family sd1 --pixels 512 --batch 1", "--family sd1 --pixels 512 --batch 8")],
     "memory": ["memory.py --pixels 512 --dtype bf16", "memory.py --pixels 512 --dtype bf16 --batch 8"],
-    "more": [f"{SDXL} --batch 8 --checkpointing {PLAIN}", f"{SDXL} --batch 1 --compile --ways floor loop ours", f"{SD1} --batch 8 --checkpointing {PLAIN}",
+    "more": [f"{SDXL} --batch 8 --checkpointing {PLAIN}", f"{SDXL} --batch 1 {COMPILED}", f"{SD1} --batch 8 --checkpointing {PLAIN}",
              f"{SDXL} --batch 1 --checkpointing {PLAIN}"],
     "drawing": [f"drawing.py --pixels 512 --steps 10 --pictures 4 --rounds 3 {more}" for more in ("--dtype fp16 --batch 1", "--dtype fp16 --batch 4", "--dtype fp32 --batch 4")],
     "caching": ["caching.py --pixels 512 --images 96 --rounds 3"],
 }
 
 
-def run(command: str, args: argparse.Namespace, place: Path) -> tuple[str, list[Figure]]:
-    """(hardware, figures) of one command line, in a process of its own; what it prints goes on. No figures where it failed. A file that is at `place` already is
-    read instead."""
+def run(command: str, args: argparse.Namespace, place: Path, until: float) -> tuple[str, list[Figure]]:
+    """(hardware, figures) of one command line, in a process of its own that is ended at `until`; what it prints goes on. No figures where it failed or was not
+    done. A file that is at `place` already is read instead."""
     script, *options = command.split()
     if args.rounds:
         options = re.sub(r" --rounds \d+", "", " " + " ".join(options)).split() + ["--rounds", str(args.rounds)]
@@ -65,11 +76,41 @@ def run(command: str, args: argparse.Namespace, place: Path) -> tuple[str, list[
         print(f"measured before: {place}", flush=True)
         return read(place)
     started = time.monotonic()
-    if subprocess.run([sys.executable, str(HERE / script), *options, *more], cwd=ROOT).returncode or not made.is_file():
-        print(f"== {command} failed", flush=True)
+    if started >= until:
+        print("no time left", flush=True)
+        return "", []
+    code = follow([sys.executable, str(HERE / script), *options, *more], place.with_suffix(".log"), until - started)
+    if code or not made.is_file():
+        print(f"== {command} {'was not done in time' if time.monotonic() >= until else 'failed'}", flush=True)
         return "", []
     print(f"{time.monotonic() - started:.0f} s", flush=True)
     return read(made.replace(place))
+
+
+def follow(command: list[str], log: Path, seconds: float) -> int:
+    """Runs a program and hands on what it prints, which `log` holds too; its exit status. It and what it has started end with this, and after so many seconds."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with log.open("wb") as file, subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as program:
+        timer = threading.Timer(seconds, end, [program]) if math.isfinite(seconds) else None
+        try:
+            if timer:
+                timer.start()
+            while part := program.stdout.read1(1 << 16):
+                file.write(part)
+                file.flush()
+                print(part.decode("utf-8", "replace"), end="", flush=True)
+            return program.wait()
+        finally:
+            if timer:
+                timer.cancel()
+            if program.poll() is None:
+                end(program)
+
+
+def end(program: subprocess.Popen) -> None:
+    """With all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(program.pid, signal.SIGKILL)
 
 
 def place_of(command: str, args: argparse.Namespace, folder: Path) -> Path:
@@ -114,14 +155,14 @@ def chosen(args: argparse.Namespace) -> list[str]:
     commands = CPU if args.device == "cpu" else CUDA
     if unknown := [name for name in args.only or () if name not in commands]:
         sys.exit(f"error: --only {' '.join(unknown)}: there is no such benchmark for --device {args.device}; there are {', '.join(commands)}")
-    return [command for name in args.only or commands for command in commands[name]]
+    return list(dict.fromkeys(command for name in args.only or commands for command in commands[name]))
 
 
 def measure(commands: list[str], args: argparse.Namespace, folder: Path) -> tuple[list[str], list[Figure], list[str]]:
-    """(machines, figures, command lines that failed)."""
-    machines, figures, failed = [], [], []
+    """(machines, figures, command lines that gave none)."""
+    machines, figures, failed, until = [], [], [], time.monotonic() + (args.seconds or math.inf)
     for command in commands:
-        machine, found = run(command, args, place_of(command, args, folder))
+        machine, found = run(command, args, place_of(command, args, folder), until)
         machines, figures, failed = machines + [machine] * bool(found), figures + found, failed + [command] * (not found)
     return machines, figures + derived(figures), failed
 
@@ -134,8 +175,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="pairs of each figure, in the place of each one's own number")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where figures are kept; what is there is not measured again")
+    parser.add_argument("--seconds", type=float, help="after so long the benchmark that runs is ended, and no other begins")
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that a benchmark that runs ends too
     commands = chosen(args)
     with tempfile.TemporaryDirectory() as place:
         folder = (args.keep or Path(place)).absolute()
