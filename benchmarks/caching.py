@@ -28,7 +28,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from hcpdiff.config.schema import BucketConfig, DatasetConfig, SourceConfig
+from hcpdiff.config.schema import BucketConfig, DatasetConfig, RunConfig, SourceConfig
 from hcpdiff.data.dataset import TrainData, build_train_data
 from hcpdiff.data.sample import load_views, stack_pixels
 from hcpdiff.families.base import Models
@@ -124,6 +124,7 @@ def main() -> None:
     options.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     options.add_argument("--warm", type=int, default=1, help="rounds before that do not count")
     args = options.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = RunConfig.allow_tf32
     if args.threads:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as place:

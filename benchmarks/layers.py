@@ -6,12 +6,14 @@
 
 `merged` is the best that this route can do: W + s up down is made anew in every step, since every step changes up and down; one product each
 in forward and backward does the base and the LoRA together; the factors' gradients come from rank-sized products. It is measured to know
-whether `ours`, which keeps the LoRA beside the weight, should give way to it anywhere. In half precision it would round the LoRA's effect away.
+whether `ours`, which keeps the LoRA beside the weight, should give way to it anywhere. In half precision it would round the LoRA's effect away; the factors are
+fp32 on both sides, peft's under autocast, ours with the copies that a step makes of them once.
 """
 
 import statistics
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hcpdiff.adapters.base import put
-from hcpdiff.adapters.lora import Lora
+from hcpdiff.adapters.lora import HALF, Lora
+from hcpdiff.adapters.shadow import Shadow
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = [(4096, 320, 320), (4096, 320, 2560), (1024, 640, 640), (1024, 640, 5120), (256, 1280, 1280), (256, 1280, 10240)]  # tokens, in, out
@@ -56,12 +59,24 @@ def ways(layer: nn.Linear, rank: int) -> dict[str, Callable[[Tensor], Tensor]]:
     base = nn.Linear(layer.in_features, layer.out_features, device=layer.weight.device, dtype=layer.weight.dtype)
     base.weight, base.bias = layer.weight, layer.bias
     peft = PeftLinear(base, "default", LoraConfig(r=rank, lora_alpha=rank), r=rank, lora_alpha=rank)
-    found = {"floor": base, "peft": peft, "ours": layer}
+    for parameter in peft.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    found = {"floor": base, "peft": autocast(peft) if layer.weight.dtype in HALF else peft, "ours": layer}
     put(layer, lora)
     if layer.weight.dtype == torch.float32:
         down, up = lora.down.detach().clone().requires_grad_(), lora.up.detach().clone().requires_grad_()
         found["merged"] = lambda x: _Merged.apply(x, layer.weight, layer.bias, down, up, lora.scale)
     return found
+
+
+def autocast(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """As half precision is trained with it."""
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, x.dtype):
+            return layer(x)
+
+    return run
 
 
 def measure(args) -> list[Figure]:
@@ -74,7 +89,8 @@ def measure(args) -> list[Figure]:
         names = ways(layer, args.rank)
         works = {name: lambda way=way: way(x).backward(g) for name, way in names.items()}
         times = max(1, round(WANTED / statistics.median(in_turn({"floor": works["floor"]}, 3, args.device)["floor"])))
-        seconds = in_turn({name: lambda work=work: [work() for _ in range(times)] for name, work in works.items()}, args.rounds, args.device)
+        with Shadow([layer.adapter], like["dtype"]).fresh() if like["dtype"] in HALF else nullcontext():
+            seconds = in_turn({name: lambda work=work: [work() for _ in range(times)] for name, work in works.items()}, args.rounds, args.device)
         label = f"layer, {args.batch * tokens} tokens, {width} to {out}, {args.dtype}"
         for name in [name for name in names if name != "ours"]:
             values = {f"{which} ms": 1000 * statistics.median(seconds[which]) / times for which in ("ours", name)}

@@ -131,6 +131,15 @@ def compile_blocks(unet: torch.nn.Module, args: argparse.Namespace) -> None:
     compile_regions(models, ["unet"], {(args.batch, args.pixels, args.pixels)}, "sdpa")
 
 
+def first_products(way: Way, unet: torch.nn.Module, batch: Batch, args: argparse.Namespace) -> None:
+    """A step that belongs to no way: libraries take memory at their first products, for both passes, and keep it."""
+    own = sharing(unet)
+    if args.checkpointing:
+        own.enable_gradient_checkpointing()
+    way.stack.enter_context(WAYS["floor"](own, batch, args.rank))()
+    way.stack.close()
+
+
 def begin(way: Way, unet: torch.nn.Module, batch: Batch, args: argparse.Namespace) -> None:
     """Attaches it and does the steps that do not count. On a CPU that is one, of one sample: nothing has to be compiled or to find its place in memory."""
     started, before, own = time.perf_counter(), held(args.device), sharing(unet)
@@ -182,6 +191,8 @@ def measure(args: argparse.Namespace) -> dict[str, Way]:
     unet = make_unet(args)
     batch = make_batch(args, unet)
     ways = {name: Way(name) for name in [*args.ways, *([EAGER] if args.compile else []), *([KEPT] if args.checkpointing else [])]}
+    if args.device != "cpu":
+        if_it_fits(Way("floor"), first_products, unet, batch, args)
     for way in ways.values():
         if_it_fits(way, begin, unet, batch, args)
     same_work(ways, args)
