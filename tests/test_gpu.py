@@ -44,6 +44,13 @@ from hcpdiff.trainables.lora import ParamGroup
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
+@pytest.fixture(autouse=True)
+def full_products(monkeypatch):
+    """fp32 in fp32: torch lets convolutions round their inputs to ten bits else."""
+    for products in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        monkeypatch.setattr(products, "allow_tf32", False)
+
+
 def on_gpu(dtype: torch.dtype) -> Setup:
     setup = Setup(dtype=torch.float32)
     device = torch.device("cuda")
