@@ -1,22 +1,332 @@
-"""How the benchmarks judge what they measured. Seconds are not looked at here."""
+"""The benchmarks run to their end on small models and give finite figures, also on the way that a GPU takes; and how figures are judged. Seconds are not looked at."""
 
+import gc
+import importlib.util
+import json
+import math
 import os
-import runpy
+import re
+import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+BENCHMARKS, DEMO = ROOT / "benchmarks", ROOT / "demo" / "model"
+sys.path.insert(0, str(BENCHMARKS))
 
-from common import Figure, hide_gpus, in_turn, turned
+from common import MIB, Figure, hide_gpus, in_turn, read, turned
 from ways import WAYS, Batch
 
-RUN = runpy.run_path(str(ROOT / "benchmarks" / "run.py"))  # the name `run` may be another module's
 
+def module(name: str) -> ModuleType:
+    """A benchmark, under a name that no other module has."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+RUN = module("run")
+
+
+@pytest.fixture
+def ran(tmp_path, monkeypatch):
+    """Runs a benchmark's main in this process: (command line, the module where it was loaded already) -> its figures, every number of them finite."""
+    def run(line: str, loaded: ModuleType | None = None) -> dict[str, Figure]:
+        name, *words = line.split()
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words, "--json", str(tmp_path / "figures.json")])
+        (loaded or module(name)).main()
+        figures = read(tmp_path / "figures.json")[1]
+        for figure in figures:
+            assert figure.ratios and all(math.isfinite(number) and number >= 0 for number in (*figure.ratios, *figure.values.values()) if number not in own_time(figure)), figure
+        return {f"{figure.what} to {figure.reference}": figure for figure in figures}
+
+    return run
+
+
+def own_time(figure: Figure) -> list[float]:
+    """A difference of two times may be below zero."""
+    return [value for name, value in figure.values.items() if name == "the loop's own ms" and math.isfinite(value)]
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """`--device cpu:0` is a CPU to torch and a GPU to the benchmarks; the GPU's counters are those of this process's tensors."""
+    def allocated() -> int:
+        places = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in gc.get_objects() if type(tensor) in (torch.Tensor, torch.nn.Parameter)
+                  and tensor.device.type == "cpu" and tensor.layout == torch.strided}
+        return sum(places.values())
+
+    gc.collect()
+    fakes = {"memory_allocated": allocated, "max_memory_allocated": lambda: allocated() + 4 * MIB, "get_device_name": lambda: "a CPU"}
+    for name in ("synchronize", "reset_peak_memory_stats", "init"):
+        fakes[name] = lambda: None
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def quickly(script: ModuleType) -> ModuleType:
+    """As a GPU is measured, with fewer steps: a CPU needs longer for each."""
+    script.WARM, script.AGAIN, script.steps_a_turn, script.TIMESTEPS = 2, 1, lambda step, device: 2, [500]
+    return script
+
+
+ALL = "--ways floor loop loop-plain example hooks ours"
+STEP, SMALL = f"step --model {DEMO} --pixels 32 --rounds 2 --threads 1", f"--model {DEMO} --pixels 32 --rounds 1 --threads 1"
+
+
+def test_step_runs(ran):
+    found = ran(f"{STEP} --checkpointing {ALL}")
+    assert [figure.reference for figure in found.values()] == ["floor", "loop", "loop plain", "example", "hooks", "ours without checkpointing"]
+    assert all(len(figure.ratios) == 2 for figure in found.values())
+
+
+def test_step_runs_on_sdxl_as_on_a_gpu(ran, like_a_gpu, tiny_sdxl):
+    found = ran(f"step --model {tiny_sdxl} --pixels 64 --rounds 1 --dtype bf16 --device cpu:0 --ways floor loop ours", quickly(module("step")))
+    assert [name for name in found if name.startswith("peak memory")] == [f"peak memory beside the weights, {tiny_sdxl} 64 px batch 1 bf16 to {name}" for name in ("floor", "loop")]
+
+
+@pytest.mark.long
+def test_step_runs_compiled_as_on_a_gpu(ran, like_a_gpu, tiny_sd1, monkeypatch):
+    """By a compiler that needs no C++: what is compiled and how often it is, is the same."""
+    monkeypatch.setattr("hcpdiff.train.compiled.BACKEND", "aot_eager")
+    found = ran(f"step --model {tiny_sd1} --pixels 64 --rounds 1 --dtype bf16 --device cpu:0 --compile --ways floor loop ours", quickly(module("step")))
+    assert [figure.reference for figure in found.values()] == ["floor", "loop", "ours", "floor", "loop"]
+
+
+def test_the_frozen_models_backward_pass_goes_as_far_when_it_is_compiled(monkeypatch):
+    """A compiler leaves out what nothing needs, such as the backward pass of the first block, whose layers are the first that would be trained."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    step, products = module("step"), []
+
+    def counted(graph, inputs):
+        own = sum(node.target is torch.ops.aten.mm.default for node in graph.graph.nodes)
+        return make_boxed_func(lambda *values: (products.append(own), graph(*values))[1])
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            products.append(func is torch.ops.aten.mm.default)
+            return func(*args, **kwargs or {})
+
+    unet = UNet2DConditionModel(sample_size=8, layers_per_block=1, block_out_channels=(32, 32), norm_num_groups=16, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=32, attention_head_dim=2).requires_grad_(False).train()
+    batch = Batch(torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 7, 32), torch.randn(1, 4, 8, 8))
+    monkeypatch.setattr("hcpdiff.families.sd.StableDiffusion.blocks", frozenset({"BasicTransformerBlock"}))
+    monkeypatch.setattr("hcpdiff.train.compiled.BACKEND", aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph), bw_compiler=counted))
+    counts = []
+    for batch.compiled in (False, True):
+        own = step.sharing(unet)
+        if batch.compiled:
+            step.compile_blocks(own, step.argparse.Namespace(family="tiny", batch=1, pixels=64))
+        anchor = torch.zeros((), requires_grad=True)
+        with WAYS["floor"](own, batch, 8):
+            loss = batch.loss(own)
+            products.clear()
+            if batch.compiled:
+                loss.backward()
+            else:
+                with Products():
+                    loss.backward()
+        counts.append(sum(products))
+    assert counts[0] == counts[1] > 20
+
+
+def test_layers_runs(ran, like_a_gpu):
+    found = ran("layers --shape 16 32 64 --shape 8 16 16 --rounds 2 --threads 1")
+    assert len(found) == 6 and "layer, 8 tokens, 16 to 16, fp32 to merged" in found
+    assert [figure.reference for figure in ran("layers --shape 16 32 64 --rounds 1 --dtype bf16 --device cpu:0").values()] == ["floor", "peft"]
+
+
+def test_caching_runs(ran, like_a_gpu):
+    found = ran(f"caching --model {DEMO} --pixels 64 --rounds 1 --images 2 --kinds 2-jpg --device cpu:0")
+    assert len(found) == 3 and list(found)[-1] == "latents cached, 64 px, 2-jpg, second start (time) to vae.encode alone"
+
+
+@pytest.mark.long
+def test_quantized_runs(ran):
+    assert len(ran(f"quantized {SMALL} --checkpointing")) == 9
+
+
+def test_quantized_runs_as_on_a_gpu(ran, like_a_gpu, tiny_sd1):
+    found = ran(f"quantized --model {tiny_sd1} --pixels 32 --rounds 1 --device cpu:0", quickly(module("quantized")))
+    assert len(found) == 11 and found["bytes of the UNet in nf4 to bf16"].median < found["bytes of the UNet in int8 to bf16"].median < 1
+    assert found["peak of a step on int8 to step on dense fp32"].values["dense MiB"] > 4
+
+
+def test_drawing_runs(ran):
+    found = ran(f"drawing {SMALL} --steps 1 --pictures 1")
+    names = {"ours s", "theirs s", "ours CPU s", "theirs CPU s", "CPU ratio"}
+    assert [set(figure.values) for figure in found.values()] == [names, names, set()]
+
+
+def test_loop_runs(ran):
+    (found,) = ran("loop --tiny --pixels 64 --rounds 2 --block 1 --threads 1").values()
+    assert len(found.ratios) == 2 and found.reference == "its own bare step"
+
+
+@pytest.mark.long
+def test_memory_runs(ran):
+    (found,) = ran(f"memory {SMALL}").values()
+    assert {"weights MiB", "activations MiB", "inputs MiB", "adapters MiB", "peak while training MiB"} <= found.values.keys()
+
+
+def test_memory_runs_as_on_a_gpu(ran, like_a_gpu):
+    memory = module("memory")
+    memory.child = lambda args, what: getattr(memory, what)(args)  # in this process, which has the counters
+    (found,) = ran(f"memory {SMALL} --dtype bf16 --device cpu:0", memory).values()
+    assert found.values["weights MiB"] > 10 and "peak while on the GPU MiB" in found.values
+
+
+def test_data_scale_runs_simulated(ran):
+    assert list(ran("data_scale --simulate --images 40")) == [f"{what} to {than}" for what, than in (
+        ("index of simulated 40 images", "a minute for 100,000"), ("memory, simulated 40 images", "1 KB an image"), ("second start, simulated 40 images", "a minute for 100,000"))]
+
+
+def test_data_scale_runs_on_a_folder(tmp_path, monkeypatch, capsys):
+    data = module("data_scale")
+    data.make_folder(tmp_path, 60)
+    monkeypatch.setattr(sys, "argv", ["data_scale.py", "--one", str(tmp_path), "--images", "60"])
+    data.main()
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = data.figures([row, row | {"images": 120}], False)
+    assert row["images"] == 60 and [figure.what for figure in found] == [*(f"{what} {count} images" for count in (60, 120) for what in ("index of", "memory,")), "index an image at 120"]
+    assert all(math.isfinite(figure.median) for figure in found)
+
+
+@pytest.mark.long
+def test_start_runs(ran):
+    found = ran("start --tiny --rounds 1 --threads 1")
+    assert list(found) == ["until the first step, the demo model, fp32 to imports and from_pretrained", "answer to --help to one second", "answer to a mistake to one second"]
+
+
+@pytest.mark.parametrize("how", ["", "late", "loop"])
+def test_trainer_step_runs(how, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["trainer_step.py", "--steps", "2", *how.split()])
+    module("trainer_step").main()
+    assert re.fullmatch(r"\d+\.\d ms a step\n", capsys.readouterr().out)
+
+
+def test_make_full_size_gives_a_model_that_can_be_trained(tmp_path, monkeypatch):
+    from hcpdiff.families import detect
+
+    monkeypatch.setattr(sys, "argv", ["make_full_size.py", str(tmp_path / "model"), "--narrow", "10"])
+    module("make_full_size").main()
+    models = detect(tmp_path / "model").load(tmp_path / "model", "m", None, torch.float32)
+    assert set(models.modules) == {"unet", "vae", "text_encoder"} and torch.get_default_dtype() == torch.float32
+    assert models.unet.config.cross_attention_dim == models.text_encoder.config.hidden_size == 72
+
+
+def test_tests_of_a_gpu_are_counted(ran, tmp_path):
+    (tmp_path / "test_some.py").write_text("""
+import pytest
+
+@pytest.fixture
+def torn():
+    yield
+    raise RuntimeError
+
+def test_a(): pass
+def test_b(): assert 0
+def test_c(torn): pass
+@pytest.mark.skip
+def test_d(): pass
+@pytest.mark.long
+def test_e(): pass
+""")
+    (found,) = ran(f"gpu_tests --tests {tmp_path / 'test_some.py'}").values()
+    assert (found.ratios, found.verdict, found.values["passed"], found.values["skipped"]) == ([2], "missed", 1, 1)
+    (found,) = ran(f"gpu_tests --tests {tmp_path / 'test_some.py'} --long").values()
+    assert (found.verdict, found.values["passed"]) == ("hit", 1)
+
+
+# ---- all of them one after the other ----------------------------------------------------------------------------------------------------------------
+
+FIGURE = "json.dump({{'hardware': 'h', 'figures': [{{'what': '{}', 'reference': 'r', 'ratios': [1.0]}}]}}, open(sys.argv[-1], 'w'))"  # --json comes last
+SCRIPT = "import pathlib, sys; sys.path.insert(0, {place!r}); import run; run.CPU = {{'small': {commands!r}}}; sys.argv = ['run.py', '--keep', {keep!r}]; run.main()"
+
+
+def lines_of(run: ModuleType, monkeypatch, words: str, commands: list[str]) -> None:
+    monkeypatch.setattr(run, "CPU", {"small": commands})
+    monkeypatch.setattr(sys, "argv", ["run.py", *words.split()])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        run.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_cut_call_is_gone_on_with_and_written_into_the_page(tmp_path, monkeypatch, capfd):
+    keep, page, slow = tmp_path / "kept", tmp_path / "performance.md", tmp_path / "slow.py"
+    slow.write_text("import json, sys, time\nprint('begun')\ntime.sleep(3)\n" + FIGURE.format("slow"))
+    commands = ["layers.py --shape 16 32 64 --rounds 1", str(slow)]
+    first = subprocess.Popen([sys.executable, "-c", SCRIPT.format(place=str(BENCHMARKS), commands=commands, keep=str(keep))], stdout=subprocess.DEVNULL)
+    one, two = (RUN.place_of(command, RUN.argparse.Namespace(device="cpu", rounds=None), keep) for command in commands)
+    while not (two.with_suffix(".log").is_file() and two.with_suffix(".log").read_text()) and first.poll() is None:
+        time.sleep(0.02)
+    first.terminate()
+    assert first.wait() == 128 + signal.SIGTERM and one.is_file() and not two.is_file()
+    made = one.stat().st_mtime_ns
+    shutil.copy(ROOT / "docs" / "performance.md", page)
+    monkeypatch.setattr(RUN, "PAGE", page)
+    lines_of(RUN, monkeypatch, f"--keep {keep} --write", commands)
+    assert f"measured before: {one}" in capfd.readouterr().out and one.stat().st_mtime_ns == made
+    before, after = (path.read_text("utf-8").partition("<!-- measured: cpu -->") for path in (ROOT / "docs" / "performance.md", page))
+    table, _, rest = after[2].partition("<!-- end: cpu -->")
+    assert after[0] == before[0] and rest == before[2].partition("<!-- end: cpu -->")[2]
+    rows = [line.split(" | ")[:2] for line in table.splitlines() if line.startswith("| ")][2:]
+    assert rows == [*(["| layer, 16 tokens, 32 to 64, fp32", way] for way in ("floor", "peft", "merged")), ["| slow", "r"]]
+    assert "layer, 16 tokens" in one.with_suffix(".log").read_text("utf-8")
+
+
+def test_when_its_time_is_over_it_ends_with_the_table_of_what_is_there(tmp_path, monkeypatch, capsys):
+    """What the benchmark that runs has started ends too."""
+    quick, slow = tmp_path / "quick.py", tmp_path / "slow.py"
+    quick.write_text("import json, sys\n" + FIGURE.format("quick"))
+    slow.write_text(f"import subprocess, sys\nchild = subprocess.Popen(['sleep', '300'])\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\nprint('waiting')\nchild.wait()")
+    with pytest.raises(SystemExit, match="gave no figures"):
+        lines_of(RUN, monkeypatch, f"--keep {tmp_path / 'kept'} --seconds 3", [str(quick), str(slow), "layers.py"])
+    printed = capsys.readouterr().out
+    assert "| quick | r | 1 |" in printed and "waiting" in printed and f"{slow} was not done in time" in printed and "no time left" in printed
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(int((tmp_path / "pid").read_text()), 0)
+            time.sleep(0.05)
+
+
+def test_what_tells_most_comes_first_on_a_gpu_and_nothing_twice():
+    args = RUN.argparse.Namespace(device="cuda", only=None)
+    assert RUN.chosen(args)[: len(RUN.CUDA["first"])] == RUN.CUDA["first"] and len(set(RUN.chosen(args))) == len(RUN.chosen(args))
+    assert {command for commands in RUN.CUDA.values() for command in commands} == set(RUN.chosen(args))
+
+
+@pytest.mark.parametrize("command", sorted({command for table in (RUN.CPU, RUN.CUDA) for commands in table.values() for command in commands}))
+def test_every_command_line_is_one(command, monkeypatch, capsys):
+    """Up to the work: options that a benchmark does not have would show only on the machine where it runs."""
+    name, *words = command.split()
+    script = module(name.removesuffix(".py"))
+    seen = []
+    for work in ("measure", "child", "make", "make_folder"):
+        if hasattr(script, work):
+            monkeypatch.setattr(script, work, lambda *given: seen.append(given) or (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(script.subprocess if hasattr(script, "subprocess") else subprocess, "run", lambda *given, **more: seen.append(given) or (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(sys, "argv", [name, *words, "--device", "cpu"])
+    with pytest.raises(KeyboardInterrupt):
+        script.main()
+    assert seen
+
+
+# ---- how figures are judged -------------------------------------------------------------------------------------------------------------------------
 
 def step(batch: int, seconds: float, more: str = "", family: str = "sd1 512 px") -> Figure:
     return Figure(f"step, {family} batch {batch} bf16{more}", "floor", [1.1], 1.4, values={"ours s": seconds, "floor s": seconds / 1.1})
@@ -38,16 +348,16 @@ def test_what_should_be_at_least_something_is_judged_from_below():
 
 def test_images_a_second_have_a_goal_where_the_issue_has_one():
     steps = [step(1, 0.09), step(8, 0.16), step(1, 0.04, " compiled"), step(8, 0.1, " compiled"), step(1, 1.0, family="sdxl 1024 px"), step(8, 4.0, family="sdxl 1024 px")]
-    assert [(figure.what.removeprefix("images a second, "), round(figure.median, 6), figure.bound) for figure in RUN["derived"](steps)] == [
+    assert [(figure.what.removeprefix("images a second, "), round(figure.median, 6), figure.bound) for figure in RUN.derived(steps)] == [
         ("sd1 512 px batch 8 bf16", 4.5, 4.0), ("sd1 512 px batch 8 bf16 compiled", 3.2, None), ("sdxl 1024 px batch 8 bf16", 2.0, None)]
 
 
 @pytest.mark.parametrize("given, lacking", [([step(1, 0.09)], "batch 8"), ([step(8, 0.16)], "batch 1"),
                                             ([step(1, 0.09), Figure("step, sd1 512 px batch 8 bf16", "floor", [], 1.12, note="ours: does not fit")], "batch 8")])
 def test_a_figure_whose_partner_is_missing_is_open_and_names_it(given, lacking):
-    (found,) = RUN["derived"](given)
+    (found,) = RUN.derived(given)
     assert found.verdict == "open" and lacking in found.note
-    assert not RUN["derived"]([step(1, 1.0, family="sdxl 1024 px"), Figure("step, sd1 512 px batch 4 fp32", "floor", [1.0], 1.08, values={"ours s": 50.0})])
+    assert not RUN.derived([step(1, 1.0, family="sdxl 1024 px"), Figure("step, sd1 512 px batch 4 fp32", "floor", [1.0], 1.08, values={"ours s": 50.0})])
 
 
 def test_every_work_begins_once_and_has_a_time_for_each_round():
