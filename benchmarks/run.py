@@ -5,7 +5,7 @@
     python benchmarks/run.py --only step loop --rounds 3
     python benchmarks/run.py --keep build/figures     # what is measured is kept there, and not measured again by the next call
     python benchmarks/run.py --write                  # also puts the table into docs/performance.md
-    python benchmarks/run.py --device cuda --only first --keep build/figures --seconds 540    # what tells most, in pieces of nine minutes
+    python benchmarks/run.py --device cuda --only first --keep build/figures --seconds 480    # what tells most, in pieces of eight minutes
 
 Each figure is a ratio against a named reference in the same run: pairs in turn, median and range. Nothing else should run on the machine. Benchmarks are sorted
 by how much they tell, those of a GPU above all: where time comes in pieces, --keep goes on where the piece before ended, and --seconds ends a piece with the

@@ -15,7 +15,7 @@ import torch
 torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way, and runners share the cores
 
 
-SLOW_FILES = ("test_demo_learns", "test_guide", "test_groups", "test_processes", "test_killed_runs", "test_resume_exact", "test_sdxl_runs",
+SLOW_FILES = ("test_demo_learns", "test_benchmarks", "test_guide", "test_groups", "test_processes", "test_killed_runs", "test_resume_exact", "test_sdxl_runs",
               "test_vis_draw", "test_resume_cli")
 
 
