@@ -148,7 +148,9 @@ def test_two_processes_of_sdxl_stopped_and_resumed_train_what_one_does_with_accu
         a, b = (load_file(group.folder / "run" / "ckpts" / f"{part}-5.safetensors") for group in (one, two))
         assert a.keys() == b.keys()
         for key in a:
-            torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
+        learnt = [tensor.any() for key, tensor in a.items() if "lora_up" in key]  # zero as they begin
+        assert learnt and sum(learnt) >= len(learnt) / 2, part  # the last layer of the first text encoder is not used, and learns nothing
 
 
 def test_the_one_device_command_under_two_trains_alone_and_says_so(ended):
