@@ -44,7 +44,7 @@ def train(args: argparse.Namespace, asked: int | None) -> int:
     started = int(os.environ.get("WORLD_SIZE", 1))
     launcher.check_count(started, asked or started)
     if cli.rank() == 0:  # the other processes come later, when rank 0 may have made the folder
-        check_folder(loaded)
+        check_early(loaded)
     with StopRequest() as stop:
         if loaded.config.train.on_orphan == "stop" and launcher.launcher_command():
             stop.looks.append(orphaned(stop, launcher.PARENT))
@@ -74,36 +74,46 @@ def run(loaded, args: argparse.Namespace, parallel, stop, now: datetime.datetime
     return code
 
 
+def check_early(loaded) -> None:
+    """ConfigError where the run folder, or the run that is gone on from, shows by its names and its newest state alone that this cannot be, or where the base model cannot
+    be had; with what else is quickly seen. All of it is looked at again, with locks, when the run has its models."""
+    from .errors import ConfigError, collect
+    from .families import not_to_be_had
+
+    cfg, faults = loaded.config, []
+    collect(faults, lambda: check_folder(loaded))
+    if faults or not_to_be_had(cfg.model.pretrained_model_name_or_path, cfg.model.vae, cfg.model.revision):
+        model = {f"model.{name}": getattr(cfg.model, name) for name in ("pretrained_model_name_or_path", "config", "vae", "prediction_type", "revision")}
+        raise ConfigError(faults + quick_checks(model | {f"data.{name}": data for name, data in cfg.data.items()}))
+
+
 def check_folder(loaded) -> None:
-    """ConfigError where the run folder, or the run that is gone on from, shows by its names alone that this cannot be; with what else is quickly seen. All of it is
-    looked at again, with locks, when the run has its models."""
+    """HCPError where a new run cannot have its folder, or a resumed one is at work, was another one, or is done."""
     from .checkpoint.runs import find_run
-    from .errors import ConfigError, HCPError
-    from .train import folder
+    from .train import folder, resume_early
     from .train.lock import refuse_busy
 
     cfg = loaded.config
-    try:
-        if cfg.train.resume:
-            refuse_busy(Path(cfg.train.resume))  # before what it holds is looked at: a run at work may have saved nothing yet
-            refuse_busy(find_run(cfg.train.resume)[0])
-        else:
-            folder.check(cfg.exp_dir, "exp_dir" in loaded.timed)
-    except HCPError as error:
-        model = {f"model.{name}": getattr(cfg.model, name) for name in ("pretrained_model_name_or_path", "config", "vae", "prediction_type")}
-        raise ConfigError(error.faults + quick_checks(model | {f"data.{name}": data for name, data in cfg.data.items()})) from error
+    if not cfg.train.resume:
+        folder.check(cfg.exp_dir, "exp_dir" in loaded.timed)
+        return
+    refuse_busy(Path(cfg.train.resume))  # before what it holds is looked at: a run at work may have saved nothing yet
+    found, step = find_run(cfg.train.resume)
+    refuse_busy(found)
+    resume_early.check(cfg, loaded.plain, found, step, int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def quick_checks(passed: Mapping[str, Any]) -> list[str]:
     """Beside a config's own faults: what can be said of the data and the base model without torch."""
     from .data.source import check_sources
-    from .families import quick_faults
+    from .families import not_to_be_had, quick_faults
 
     data = {key.removeprefix("data."): value for key, value in passed.items() if re.fullmatch(r"data\.[^.\[]+", key)}
-    source, told = passed.get("model.pretrained_model_name_or_path"), passed.get("model.prediction_type", "auto")
-    if not source:
-        return check_sources(data)
-    return check_sources(data) + quick_faults(source, without=("vae",) if passed.get("model.vae") else (), configs=passed.get("model.config"), prediction=None if told == "auto" else told)
+    model = {key.removeprefix("model."): value for key, value in passed.items() if key.startswith("model.")}
+    source, vae, told, faults = model.get("pretrained_model_name_or_path"), model.get("vae"), model.get("prediction_type", "auto"), check_sources(data)
+    if source:
+        faults += quick_faults(source, without=("vae",) if vae else (), configs=model.get("config"), prediction=None if told == "auto" else told)
+    return faults + not_to_be_had(source, vae, model.get("revision"))
 
 
 if __name__ == "__main__":

@@ -27,18 +27,21 @@ def main(args: argparse.Namespace) -> int:
     from hcpdiff.config.infer_schema import InferConfig
     from hcpdiff.config.load import load
     from hcpdiff.errors import ConfigError
+    from hcpdiff.families import not_to_be_had
 
     loaded = load(args.cfg, args.overrides, InferConfig, allow=args.allow_target, also=quick_checks)
     for notice in loaded.notices:
         print(f"note: {notice}", flush=True)
     from hcpdiff.vis.request import read
 
+    cfg, faults = loaded.config, []
     try:
-        request = read(loaded.config)
+        request = read(cfg)
     except ConfigError as error:
-        given = {"pretrained_model": loaded.config.pretrained_model, "config": loaded.config.config, "prediction_type": loaded.config.prediction_type, "vae": loaded.config.vae,
-                 **{f"new_components.{name}": spec for name, spec in loaded.config.new_components.items()}}
-        raise ConfigError(error.faults + quick_checks(given)) from error
+        faults = error.faults
+    if faults or not_to_be_had(cfg.pretrained_model, cfg.vae, cfg.revision, ("pretrained_model", "vae")):
+        given = {name: getattr(cfg, name) for name in ("pretrained_model", "config", "prediction_type", "vae", "revision")}
+        raise ConfigError(faults + quick_checks(given | {f"new_components.{name}": spec for name, spec in cfg.new_components.items()}))
     from hcpdiff.quiet import quiet_libraries
 
     cli.reading()
@@ -51,13 +54,12 @@ def main(args: argparse.Namespace) -> int:
 
 def quick_checks(passed: Mapping[str, Any]) -> list[str]:
     """Beside a config's own faults, or its prompts' and files': what can be said of the base model without torch."""
-    from hcpdiff.families import quick_faults
+    from hcpdiff.families import not_to_be_had, quick_faults
 
     replaced = [key.split(".")[1] for key in passed if key.startswith("new_components.")] + (["vae"] if passed.get("vae") else [])
-    if "pretrained_model" not in passed:
-        return []
-    told = passed.get("prediction_type", "auto")
-    return quick_faults(passed["pretrained_model"], "pretrained_model", replaced, passed.get("config"), None if told == "auto" else told)
+    source, told = passed.get("pretrained_model"), passed.get("prediction_type", "auto")
+    faults = quick_faults(source, "pretrained_model", replaced, passed.get("config"), None if told == "auto" else told) if source else []
+    return faults + not_to_be_had(source, passed.get("vae"), passed.get("revision"), ("pretrained_model", "vae"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hcpdiff.checkpoint.io import payload_sha256, read_tensors, save_tensors, write_atomic
+from hcpdiff.checkpoint.atomic import write_atomic
+from hcpdiff.checkpoint.io import payload_sha256, read_tensors, save_tensors
 from hcpdiff.checkpoint.paths import beside, locate, missing, newest, split_name
 from hcpdiff.checkpoint.safetensors_header import read_header
 from hcpdiff.errors import CheckpointError

@@ -105,9 +105,9 @@ def test_help_and_config_errors_answer_within_a_second_without_heavy_imports(tmp
     command("--help", module=module)  # byte code is written once
     for arguments, code in ((["--help"], 0), (["--cfg", "run.yaml", "train.train_epoch=1", "sed=2"], 2)):
         before = sum(os.times()[2:4])  # of the processor, by children: other programs do not count
-        done = command(*arguments, cwd=tmp_path, module=module)
+        done = command(*arguments, cwd=tmp_path, module=module, HF_HUB_OFFLINE="1")
         assert done.returncode == code and sum(os.times()[2:4]) - before < 1, done.stderr
-    assert "2 faults" in done.stderr and "Nearest: train_epochs" in done.stderr and "Nearest: seed" in done.stderr and "Traceback" not in done.stderr
+    assert "3 faults" in done.stderr and "HF_HUB_OFFLINE" in done.stderr and "Nearest: train_epochs" in done.stderr and "Nearest: seed" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("module, arguments", [
@@ -118,7 +118,7 @@ def test_what_the_first_seconds_go_into_is_said_before_torch_is_read_and_not_whe
     write(tmp_path)
     file = CHECKOUT / "cfgs/infer/text2img.yaml" if arguments else "run.yaml"
     for more, code, said in ((arguments, 7, "reading torch and diffusers …\ntorch is read\n"), ([*arguments, "sed=2"], 2, "")):
-        done = command("--cfg", str(file), *more, cwd=tmp_path, module=module, PYTHONPATH=os.pathsep.join([str(tmp_path), str(CHECKOUT)]))
+        done = command("--cfg", str(file), *more, cwd=tmp_path, module=module, HF_HUB_OFFLINE="0", PYTHONPATH=os.pathsep.join([str(tmp_path), str(CHECKOUT)]))
         assert (done.returncode, done.stdout) == (code, said), done.stderr
     other = command("--cfg", str(file), *arguments, cwd=tmp_path, module=module, PYTHONPATH=os.pathsep.join([str(tmp_path), str(CHECKOUT)]), RANK="1")
     assert "reading" not in other.stdout  # one process of several speaks

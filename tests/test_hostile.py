@@ -85,7 +85,7 @@ def calls(marker: Path) -> dict[str, dict]:
         "automodel": spec("transformers.AutoModel.from_pretrained", pretrained_model_name_or_path=str(hub), trust_remote_code=True),
         "dynamic": spec("transformers.dynamic_module_utils.get_class_from_dynamic_module", class_reference="hubconf.model", pretrained_model_name_or_path=str(hub)),
         "notebook": spec("accelerate.notebook_launcher", function=spec("os.system", _partial_=True, command=touch)),
-        "own": spec("hcpdiff.checkpoint.io.write_atomic", path=str(marker), write=spec("os.system", _partial_=True)), "own import": spec("hcpdiff.config.build.locate", target="hubconf"),
+        "own": spec("hcpdiff.checkpoint.atomic.write_atomic", path=str(marker), write=spec("os.system", _partial_=True)), "own import": spec("hcpdiff.config.build.locate", target="hubconf"),
     }
 
 

@@ -4,6 +4,9 @@ import copy
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +17,9 @@ from tiny import make_tiny_sd
 from hcpdiff.config.load import load
 from hcpdiff.config.schema import RunConfig
 from hcpdiff.errors import CheckpointError, ConfigError
-from hcpdiff.train.compare import compare, flat
+from hcpdiff.train import resume_early
+from hcpdiff.train.compare import compare
+from hcpdiff.train.compare_config import flat
 from hcpdiff.train.report import versions
 
 CONFIG = """
@@ -221,3 +226,48 @@ def test_images_that_are_edited_in_the_middle_of_large_files_are_seen(tmp_path):
     assert (root / "a.png").stat().st_size == size  # uncompressed: only the checksum at the end of the stream tells
     assert changes(first, fingerprint(build(dataset(source(root))).datasets)) == ["data.d0.source.s0: 1 images have other content: a.png"]
     assert changes(first, first) == [] and all(tensor.dtype == torch.uint8 for tensor in (first["d0"]["s0"]["names"], first["d0"]["s0"]["images"]))
+
+
+# ---- told before torch is read ------------------------------------------------------------------------------------------------------------------------
+
+
+def early(*overrides: str) -> tuple[str, str]:
+    """(what the command says, 'exit code, whether torch was read')."""
+    code = ("import sys\nfrom hcpdiff import cli, train_ac_single as command\n"
+            "try:\n    cli.run(command.main, command.parser, sys.argv[1:])\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code, "--cfg", "cfg.yaml", "train.resume=run", *overrides], capture_output=True, text=True, encoding="utf-8", timeout=300)
+    return done.stderr, done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("overrides, told", [
+    (["train.train_steps=4", "model.quantize=int8", "data.one.batch_size=1"], ["model.quantize: null before, 'int8' now", "data.one.batch_size: 2 before, 1 now", "Base model and data have not been compared yet.", "train.resume_force=true"]),
+    (["train.train_steps=4", "train.gradient_accumulation_steps=3", "train.train_steps=2"], ["processes x accumulation: 1 x 1 before, 1 x 3 now"]),
+    (["train.train_steps=4", "train.optimizer._target_=torch.optim.AdamW", "train.resume_force=true"], ["not even with train.resume_force", "'torch.optim.SGD' before"]),
+    ([], ["train.resume: run has done 3 of 3 steps. Raise train.train_epochs or train.train_steps to go on."]),
+    (["train.resume=run/states/2", "train.train_steps=1"], ["run has done 2 of 1 steps"])])
+def test_another_config_and_a_length_that_is_done_are_told_before_torch_is_read(place, overrides, told):
+    message, end = early(*overrides)
+    assert end == "2 False" and message.count("error: train.resume") == 1, message
+    assert all(line in message for line in told), message
+
+
+def test_a_run_that_has_done_its_epochs_is_told_so_before_torch_is_read(first, tmp_path, monkeypatch):
+    (tmp_path / "cfg.yaml").write_text((first / "cfg.yaml").read_text(encoding="utf-8").replace("train_steps: 3", "train_epochs: 2"), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(first / "images", "images")
+    run("cfg.yaml", "exp_dir=run")
+    message, end = early()
+    assert end == "2 False" and "run has done 4 of 4 steps" in message, message
+    with pytest.raises(ConfigError, match="has done 4 of 4 steps"):  # as it is told without that
+        run("cfg.yaml", "train.resume=run")
+
+
+def test_a_damaged_newest_state_keeps_no_run_from_going_on(place):
+    path = place / "run" / "states" / "3" / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    loaded = load("cfg.yaml", ["train.resume=run"], RunConfig)
+    resume_early.check(loaded.config, loaded.plain, place / "run", None, 1)
+    (place / "run" / "states" / "3" / "state.json").write_text("{", encoding="utf-8")
+    resume_early.check(loaded.config, loaded.plain, place / "run", None, 1)
+    with pytest.raises(CheckpointError, match="has done 2 of 2 steps"):
+        resume_early.check(replace(loaded.config, train=replace(loaded.config.train, train_steps=2)), loaded.plain, place / "run", 2, 1)

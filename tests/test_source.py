@@ -1,13 +1,16 @@
 """Where base models come from: folders, the hub's cache, and what is said when neither has them."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
 from hcpdiff.errors import ConfigError
 from hcpdiff.families import detect
-from hcpdiff.families.source import MOVED, check_complete, resolve
+from hcpdiff.families.source import MOVED, check_complete, offline_faults, resolve
 from hcpdiff.families.weight_file import diffusers_weights
 
 
@@ -94,3 +97,55 @@ def test_an_index_that_is_none_or_leads_out_of_its_folder_is_refused(tmp_path, v
     for read in (lambda: check_complete(tmp_path, ["unet"]), lambda: diffusers_weights(tmp_path / "unet", variant or None).shapes):
         with pytest.raises(ConfigError, match=re.escape(told)):
             read()
+
+
+CONFIG = """
+train: {{train_steps: 1}}
+model: {{pretrained_model_name_or_path: '{model}'}}
+lora_unet:
+  - {{lr: 1.0, rank: 2, layers: ['re:.*attn2$']}}
+data: {{one: {{source: {{a: {{img_root: .}}}}}}}}
+"""
+
+
+def command(name, place, *arguments):
+    """(what a command says, 'exit code, whether torch was read') with an empty cache and the hub offline."""
+    code = (f"import sys\nfrom hcpdiff import cli, {name} as command\n"
+            "try:\n    cli.run(command.main, command.parser, sys.argv[1:])\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code, "--cfg", "cfg.yaml", *arguments], cwd=place, capture_output=True, text=True, encoding="utf-8", timeout=300,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "hub")})
+    return done.stderr, done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("argument, key", [("model.pretrained_model_name_or_path=runwayml/stable-diffusion-v1-5", "model.pretrained_model_name_or_path"), ("model.vae=some/vae", "model.vae")])
+def test_offline_a_hub_id_that_is_not_in_the_cache_is_told_before_torch_is_read(tmp_path, tiny_sd1, argument, key):
+    (tmp_path / "cfg.yaml").write_text(CONFIG.format(model=tiny_sd1), encoding="utf-8")
+    message, end = command("train_ac_single", tmp_path, argument)
+    assert f"{key} = " in message and "HF_HUB_OFFLINE keeps the hub from being asked" in message, message
+    assert ("Nor is stable-diffusion-v1-5/stable-diffusion-v1-5" in message) == ("runwayml" in argument) and end == "2 False"
+
+
+def test_offline_a_model_in_the_cache_is_left_to_be_read(tmp_path, monkeypatch):
+    from huggingface_hub import try_to_load_from_cache
+
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert offline_faults("some/model") and offline_faults("runwayml/stable-diffusion-v1-5")
+    for name in ("models--some--model", "models--stable-diffusion-v1-5--stable-diffusion-v1-5"):
+        snapshot = tmp_path / name / "snapshots" / "abc"
+        snapshot.mkdir(parents=True)
+        (snapshot / "model_index.json").write_text("{}", encoding="utf-8")
+        (tmp_path / name / "refs").mkdir()
+        (tmp_path / name / "refs" / "main").write_text("abc", encoding="utf-8")
+    for name in ("some/model", MOVED["runwayml/stable-diffusion-v1-5"]):  # as the hub's client sees it
+        assert try_to_load_from_cache(name, "model_index.json")
+    assert not offline_faults("some/model") and not offline_faults("runwayml/stable-diffusion-v1-5")
+    assert offline_faults("some/model", revision="other") and offline_faults("some/model", files=("config.json",))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert not offline_faults("some/other")
+
+
+def test_offline_a_drawing_tells_it_too(tmp_path):
+    (tmp_path / "cfg.yaml").write_text("pretrained_model: some/model\nvae: other/vae\nprompt: a cat\nout_dir: out", encoding="utf-8")
+    message, end = command("visualizer", tmp_path)
+    assert "pretrained_model = 'some/model'" in message and "vae = 'other/vae'" in message and end == "2 False", message

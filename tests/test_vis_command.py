@@ -25,9 +25,9 @@ from hcpdiff.vis.save import read_settings
 ROOT = Path(__file__).parents[1]
 
 
-def visualizer(*args, cwd=ROOT):
+def visualizer(*args, cwd=ROOT, **environment):
     """Runs the command line; output as one text each."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"} | environment
     return subprocess.run([sys.executable, "-m", "hcpdiff.visualizer", *args], cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8")
 
 
@@ -119,7 +119,7 @@ def test_help_shows_an_example_and_imports_nothing_heavy():
 ])
 def test_wrong_input_is_one_message_without_torch(tmp_path, run_folder, args, said):
     (tmp_path / "file").touch()
-    done = visualizer("--cfg", "cfgs/infer/text2img.yaml", "pretrained_model=some/model", *args, cwd=tmp_path)
+    done = visualizer("--cfg", "cfgs/infer/text2img.yaml", "pretrained_model=some/model", *args, cwd=tmp_path, HF_HUB_OFFLINE="0")
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("error:") == 1
     for part in said:
         assert part in done.stderr, done.stderr

@@ -11,9 +11,10 @@ import torch
 
 from ..errors import CheckpointError
 from ..families.webui import WebuiFamily
+from .atomic import write_atomic
 from .convert import Layers, WebuiLora, cast, faults_of, to_webui
 from .format import META_COMPONENT, load_lora, save_lora
-from .io import payload_sha256, save_tensors, write_atomic
+from .io import payload_sha256, save_tensors
 from .lora_parse import SCALE_ONE
 from .metadata import HASH, META_CONVERTER, META_SOURCE, MODEL_HASH, other_metadata, our_metadata, webui_metadata, without_hashes
 from .paths import PEFT_WEIGHTS, SUFFIX

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
 from . import sums
-from .io import read_tensors, save_tensors, sync_folder, write_atomic
-from .runs import STATES, some_states, states
+from .atomic import sync_folder, write_atomic
+from .io import read_tensors, save_tensors
+from .runs import JSON, STATES, TENSORS, some_states, states
 
 FORMAT = 2
-_JSON, _TENSORS = "state.json", "state.safetensors"
 _TENSOR, _PAIRS, _TUPLE = "__tensor__", "__pairs__", "__tuple__"
 
 
@@ -34,8 +34,8 @@ def save_state(run: Path, step: int, tree: dict[str, Any], keep: int, weights: M
     tensors: dict[str, Tensor] = {}
     text = json.dumps({"format": FORMAT, "step": step, "tree": _pack(tree, tensors, "state")}, indent=1)
     try:
-        digest = save_tensors(making / _TENSORS, tensors, {"format": str(FORMAT), "step": str(step)})
-        own = {_TENSORS: digest, _JSON: write_atomic(making / _JSON, lambda file: file.write(text.encode("utf-8")))}
+        digest = save_tensors(making / TENSORS, tensors, {"format": str(FORMAT), "step": str(step)})
+        own = {TENSORS: digest, JSON: write_atomic(making / JSON, lambda file: file.write(text.encode("utf-8")))}
         sums.write_sums(making, {**{f"../../{name}": sha for name, sha in (weights or {}).items()}, **own})
         _put(making, folder, old)
         sync_folder(folder.parent)
@@ -104,11 +104,11 @@ def _asked_for(run: Path, step: int, steps: list[int]) -> dict[str, Any]:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    sums.check(folder, (_TENSORS, _JSON))
-    record = json.loads((folder / _JSON).read_text(encoding="utf-8"))
+    sums.check(folder, (TENSORS, JSON))
+    record = json.loads((folder / JSON).read_text(encoding="utf-8"))
     if record.get("format") != FORMAT:
         raise CheckpointError(f"{folder} has format {record.get('format')}, this version reads {FORMAT}: resume with the version that wrote it.")
-    tensors, _ = read_tensors(folder / _TENSORS)
+    tensors, _ = read_tensors(folder / TENSORS)
     return _unpack(record["tree"], tensors)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .io import write_atomic
+from .atomic import write_atomic
 from .runs import SUMS
 
 _LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")

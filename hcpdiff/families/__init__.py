@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, HCPError
 from .place import Place, open_place
-from .source import MODEL_KEY
+from .source import MODEL_KEY, offline_faults
 
 if TYPE_CHECKING:
     from .base import Family
@@ -30,7 +30,7 @@ def _pipeline(place: Place, key: str) -> str:
 
 
 def quick_faults(source: str, key: str = MODEL_KEY, without: Collection[str] = (), configs: str | None = None, prediction: str | None = None) -> list[str]:
-    """What is wrong with a local base model as far as it shows without torch: its kind, and what is missing. [] for a hub id.
+    """What is wrong with a local base model as far as it shows without torch: its kind, and what is missing. [] for a hub id (see `not_to_be_had`).
 
     without: parts that are replaced, and so need not be there. configs, prediction: as for `open_place`.
     """
@@ -43,3 +43,8 @@ def quick_faults(source: str, key: str = MODEL_KEY, without: Collection[str] = (
     except HCPError as error:
         return error.faults
     return []
+
+
+def not_to_be_had(source: str | None, vae: str | None, revision: str | None = None, keys: tuple[str, str] = (MODEL_KEY, "model.vae")) -> list[str]:
+    """Of a base model and a VAE from elsewhere, hub ids that cannot be had; `keys` name them."""
+    return (offline_faults(source, keys[0], revision) if source else []) + (offline_faults(vae, keys[1], files=("config.json", "vae/config.json")) if vae else [])

@@ -2,8 +2,9 @@
 
 import difflib
 import json
+import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -14,6 +15,7 @@ MODEL_KEY = "model.pretrained_model_name_or_path"  # the trainer's; the visualiz
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")  # of all families
 SINGLE = (".safetensors", ".ckpt")  # of single-file models
 ALIGNMENT = 64  # bytes; torch gives its own tensors this much
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # what the hub's client looks at
 INDEX = "*.index*.json"  # a variant stands in between: .index.fp16.json
 WEIGHTS = ("*.safetensors", f"*.safetensors{INDEX[1:]}", "*.bin", f"*.bin{INDEX[1:]}")
 
@@ -73,6 +75,29 @@ def _cached(source: str, revision: str | None, variant: str | None) -> Path | No
     except (OSError, ValueError, ConfigError):
         return None
     return folder
+
+
+def offline_faults(source: str, key: str = MODEL_KEY, revision: str | None = None, files: Sequence[str] = ("model_index.json",)) -> list[str]:
+    """A hub id that is not in the cache, where HF_HUB_OFFLINE forbids to ask for it: at most one fault. Needs no torch.
+
+    files: of which one is there where any of the model is.
+    """
+    if not any(os.environ.get(name) for name in OFFLINE) or Path(source).expanduser().exists() or _looks_local(source):
+        return []
+    from huggingface_hub import constants  # this module alone takes no time to import
+
+    if not constants.HF_HUB_OFFLINE or any(_in_cache(Path(constants.HF_HUB_CACHE), name, revision or "main", files) for name in {source, MOVED.get(source, source)}):
+        return []
+    also = f" Nor is {MOVED[source]}, which holds the same weights." if source in MOVED else ""
+    return [f"{key} = {source!r}: not a local folder, not in the local cache, and HF_HUB_OFFLINE keeps the hub from being asked.{also} Unset it, or name a local folder or file."]
+
+
+def _in_cache(cache: Path, name: str, revision: str, files: Sequence[str]) -> bool:
+    """Whether one of the files is in the hub's cache, as its client lays that out."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    named = repository / "refs" / revision
+    snapshot = repository / "snapshots" / (named.read_text(encoding="utf-8").strip() if named.is_file() else revision)
+    return any((snapshot / file).exists() for file in files)
 
 
 def find_part(source: str, part: str, key: str) -> tuple[Path | str, dict]:

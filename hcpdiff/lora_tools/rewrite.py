@@ -9,7 +9,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ..checkpoint.io import write_atomic
+from ..checkpoint.atomic import write_atomic
 from ..checkpoint.safetensors_header import METADATA, Entry, read_header
 from ..errors import CheckpointError
 from ..families.weight_file import WeightFile

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from ..checkpoint.io import write_atomic
+from ..checkpoint.atomic import write_atomic
 from ..checkpoint.runs import find_run, states
 from ..config.load import Loaded
 from ..config.schema import RunConfig

@@ -9,6 +9,7 @@ from ..checkpoint.resume import load_state
 from ..checkpoint.runs import STATES
 from ..errors import CheckpointError
 from .compare import compare
+from .compare_config import refusals
 from .state import KEYS, misfits
 
 
@@ -29,14 +30,9 @@ class Resumed:
         """Lines for the log on what has changed since. CheckpointError with all that has, where this would be another run (unless `force`) or cannot be."""
         changes = compare(self.state["run"], now)
         impossible, refused = [*changes.impossible, *misfits(trainables, self.state)], [] if force else changes.refused
-        faults = []
-        if impossible:
-            faults.append(_listed("the saved state cannot be gone on from, not even with train.resume_force:", impossible, "Set it back."))
-        if refused:
-            faults.append(_listed("this would be another run than the one that was saved:", refused, "Set it back, or go on all the same with train.resume_force=true."))
+        faults = refusals(self.asked, self.folder, impossible, refused)
         if faults:
-            weights = f"A new run can start from the weights of this one: model.init_lora={self.folder}/ckpts/..."
-            raise CheckpointError([f"train.resume = {self.asked!r}: {fault} {weights}" for fault in faults])
+            raise CheckpointError(faults)
         return [*(f"warning: train.resume_force: this is another run than the one that was saved: {line}" for line in changes.refused),
                 *(f"note: changed since the state was saved: {line}" for line in changes.notes)]
 
@@ -54,7 +50,3 @@ class Resumed:
         if moved:
             lines.append(f"note: {len(moved[1])} files and states of later steps than {self.step} were moved to {moved[0]}, such as {moved[1][0]}")
         return lines
-
-
-def _listed(title: str, lines: list[str], way: str) -> str:
-    return "\n  ".join([title, *lines]) + f"\n{way}"

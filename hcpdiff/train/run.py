@@ -22,6 +22,7 @@ from ..loggers import LoggerGroup
 from ..trainables.lora import lay_groups
 from . import report
 from .base import BaseModel
+from .compare_config import is_done
 from .compiled import check_compile, compile_failed, compile_regions, heartbeat
 from .export import WebuiExport, check_export
 from .export_facts import export_facts
@@ -196,7 +197,7 @@ class Run:
     def _length(self) -> int:
         resumed, total = self.place.resumed, self.cfg.train.train_steps or self.cfg.train.train_epochs * self.data.steps_per_epoch
         if resumed and resumed.step >= total:
-            raise ConfigError(f"train.resume: {self.folder} has done {resumed.step} of {total} steps. Raise train.train_epochs or train.train_steps to go on.")
+            raise ConfigError(is_done(self.folder, resumed.step, total))
         return total
 
     def _build_trainer(self) -> Trainer:
