@@ -39,7 +39,8 @@ def measure(args) -> Figure:
     import pytest
 
     count, started = Count(), time.monotonic()
-    code = pytest.main([str(args.tests), "-q", "-p", "no:cacheprovider", "--durations=10", "--tb=short", "-c", str(ROOT / "pyproject.toml"), "-m", "long" if args.long else "not long"], plugins=[count])
+    options = ["-q", "-p", "no:cacheprovider", "--durations=10", "--tb=short", "-c", str(ROOT / "pyproject.toml"), "-m", "long" if args.long else "not long"]
+    code = pytest.main([str(args.tests), *options], plugins=[count])
     if code in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR) and not count.of("failed"):
         sys.exit(f"error: pytest ended with {code!r}")
     what, failed, passed = f"tests that fail, {args.tests.name}{' --long' if args.long else ''}", count.of("failed"), count.of("passed")
