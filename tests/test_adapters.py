@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from hcpdiff.adapters.attach import attach_lora, concatenate
 from hcpdiff.adapters.base import adapted_layers, detach, put, take
@@ -25,6 +27,8 @@ LAYERS = {
     "conv dilated": (lambda: nn.Conv2d(2, 3, 3, dilation=2, padding=2), (1, 2, 4, 3)),
     "conv reflect padding": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (1, 2, 4, 3)),
 }
+
+IN_PLACE = {torch.ops.aten.addmm_: lambda into, a, b, **rest: 2 * a[0] * a[1] * b[1]}  # torch's counter does not know it
 
 
 def adapted(name: str, dtype=torch.float64, rank=3, alpha=1.5, dropout=0.0, filled=True):
@@ -166,8 +170,6 @@ def test_bf16_gradients_follow_fp32(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_checkpointing_gives_the_same_gradients(name):
-    from torch.utils.checkpoint import checkpoint
-
     layer, lora, x = adapted(name, dropout=0.3)
     results = []
     for use in (False, True):
@@ -176,6 +178,22 @@ def test_checkpointing_gives_the_same_gradients(name):
         results.append(torch.autograd.grad(y.square().sum(), [x, lora.down, lora.up]))
     for a, b in zip(*results):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_checkpointing_computes_of_a_blocks_last_layer_the_ranks_numbers_again_and_no_output(name, dtype):
+    """It stops as soon as all that the backward pass needs is there, so that must come before the large product. A convolution's up is one of its own, and comes again."""
+    layer, lora, x = adapted(name, dtype)
+    lora.float()
+    flops = []
+    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+            run(x).float().sum().backward()
+        flops.append(counter.get_total_flops())
+    rows = layer(x).numel() // lora.up.shape[0]
+    apart = isinstance(layer, nn.Conv2d) and (name, dtype) != ("conv 1x1", torch.bfloat16)
+    assert flops[1] - flops[0] == 2 * rows * (lora.down.numel() + apart * lora.up.numel())
 
 
 WIDE = {"linear": (lambda: nn.Linear(256, 256, bias=False), (2048, 256)), "conv 1x1": (lambda: nn.Conv2d(128, 128, 1), (2, 128, 32, 32)),

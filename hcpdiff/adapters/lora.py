@@ -32,32 +32,36 @@ def _times(tensor: Tensor, factor: float) -> Tensor:
     return tensor if factor == 1 else tensor.mul_(factor)
 
 
-class _LoraLinear(torch.autograd.Function):
-    """y = x W^T + b + s (z down^T) up^T for 2-D x, where z is x or its dropped-out copy; computes no gradient of W.
+def _lora_linear(x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, ready: Factors | None) -> Tensor:
+    """y = x W^T + b + s (z down^T) up^T for 2-D x, where z is x or its dropped-out copy; computes no gradient of W. `ready`: the factors in half precision, where they are known.
 
-    `ready`: the factors in half precision, where they are known. Keeps z and h = z down^T for the backward pass.
+    What the backward pass needs is kept before y is computed: checkpointing computes a block again until it has all of that, and so stops before the block's last y.
     """
+    with torch.no_grad():
+        low, high = ready or _factors(down, up, scale, x.dtype)
+        h = (x if dropped is None else dropped) @ low.t()  # (N, rank)
+    y = _LoraLinear.apply(x, dropped, weight, h, low, high, down, up, scale)
+    with torch.no_grad():
+        if x.dtype in HALF:  # `high` holds the scale
+            torch.mm(h, high.t(), out=y).addmm_(x, weight.t())
+            return y if bias is None else y.add_(bias)
+        base = torch.mm(x, weight.t(), out=y) if bias is None else torch.addmm(bias, x, weight.t(), out=y)
+        return base.addmm_(h, high.t(), alpha=scale)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """Keeps z and h = z down^T for the backward pass of `_lora_linear`; gives y's place, still without numbers."""
 
     @staticmethod
-    def forward(ctx, x, dropped, weight, bias, down, up, scale, ready):
-        z = x if dropped is None else dropped
-        low, high = ready or _factors(down, up, scale, x.dtype)
-        h = z @ low.t()  # (N, rank)
-        ctx.scale, ctx.rest, ctx.dtype = scale, scale, down.dtype
-        if x.dtype in HALF:
-            ctx.rest = 1.0  # `high` holds the scale
-            y = (h @ high.t()).addmm_(x, weight.t())
-            if bias is not None:
-                y.add_(bias)
-        else:
-            y = F.linear(x, weight, bias).addmm_(h, high.t(), alpha=scale)
-        ctx.save_for_backward(z, h, weight, low, high)
-        return y
+    def forward(ctx, x, dropped, weight, h, low, high, down, up, scale):
+        ctx.scale, ctx.rest, ctx.dtype = scale, 1.0 if x.dtype in HALF else scale, down.dtype
+        ctx.save_for_backward(x if dropped is None else dropped, h, weight, low, high)
+        return x.new_empty(x.shape[0], weight.shape[0])
 
     @staticmethod
     def backward(ctx, g):
         z, h, weight, low, high = ctx.saved_tensors
-        want_x, want_dropped, _, _, want_down, want_up, _, _ = ctx.needs_input_grad
+        want_x, want_dropped, _, _, _, _, want_down, want_up, _ = ctx.needs_input_grad
         gh = (high.t() @ g.t()).t()  # (N, rank); this product and h^T g are laid out so that a CPU's matrix routines run along N: up to 18 times faster
         grad_x = g @ weight if want_x else None
         if want_x and not want_dropped:
@@ -65,7 +69,7 @@ class _LoraLinear(torch.autograd.Function):
         grad_dropped = _times(gh @ low, ctx.rest) if want_dropped else None
         grad_down = _times((gh.t() @ z).to(ctx.dtype), ctx.rest) if want_down else None
         grad_up = _times((h.t() @ g).t().to(ctx.dtype), ctx.scale) if want_up else None
-        return grad_x, grad_dropped, None, None, grad_down, grad_up, None, None
+        return grad_x, grad_dropped, None, None, None, None, grad_down, grad_up, None
 
 
 @torch.library.custom_op("hcpdiff::small_first", mutates_args=())
@@ -94,7 +98,7 @@ _small_first.register_autograd(_small_first_backward, setup_context=_save_small_
 
 
 def _compiled_linear(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """What _LoraLinear computes, in operations that a compiler looks into."""
+    """What _lora_linear computes, in operations that a compiler looks into."""
     low, high = _factors(down, up, scale, x.dtype)
     h = z @ low.t()
     if x.dtype not in HALF:
@@ -181,7 +185,8 @@ class Lora(Adapter):
             return self._pointwise(x, z, layer) if dtype in HALF and _pointwise(layer) else self._conv(x, x if z is None else z, layer)
         if layer.weight.dtype not in (given, dtype):  # quantised by another library: the layer knows how to multiply, we do not
             low, high, rest = self._operands(dtype)
-            return torch.add(layer.base_forward(x), F.linear(F.linear(x if z is None else z, low), high), alpha=rest)
+            small = F.linear(F.linear(x if z is None else z, low), high)
+            return torch.add(layer.base_forward(x), small, alpha=rest)
         flat = x.reshape(-1, x.shape[-1])
         y = self._product(flat, None if z is None else z.reshape(flat.shape), layer.weight, layer.bias, self.down, self.up)
         return y.reshape(*x.shape[:-1], -1)
@@ -192,7 +197,7 @@ class Lora(Adapter):
         if torch.compiler.is_compiling():
             return _compiled_linear(x, x if z is None else z, weight, bias, down, up, self.scale)
         ready = self._ready(x.dtype)
-        return _LoraLinear.apply(x, z, weight, bias, down, up, self.scale, ready and (ready[0].flatten(1), ready[1].flatten(1)))
+        return _lora_linear(x, z, weight, bias, down, up, self.scale, ready and (ready[0].flatten(1), ready[1].flatten(1)))
 
     def _ready(self, dtype: torch.dtype) -> Factors | None:
         """The factors in half precision, if they are known and true now."""
@@ -215,4 +220,5 @@ class Lora(Adapter):
     def _conv(self, x: Tensor, z: Tensor, layer: nn.Conv2d) -> Tensor:
         low, high, rest = self._operands(x.dtype)
         h = layer._conv_forward(z, low, None)  # the base's own stride, padding mode and dilation
-        return torch.add(layer.base_forward(x), F.conv2d(h, high), alpha=rest)
+        small = F.conv2d(h, high)  # before the large one, as in _lora_linear
+        return torch.add(layer.base_forward(x), small, alpha=rest)
