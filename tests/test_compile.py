@@ -3,8 +3,10 @@ the same autograd as inductor without writing kernels; inductor itself is tried 
 
 import logging
 import re
+import shutil
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import run_help
@@ -26,6 +28,7 @@ from hcpdiff.families.read_parts import CPU, move
 from hcpdiff.families.sd import StableDiffusion
 from hcpdiff.quantized import Plan
 from hcpdiff.train import compiled
+from hcpdiff.train.hooks import LogHook
 
 MOST = 64
 
@@ -52,6 +55,19 @@ def test_a_compiled_layer_is_the_layer(name, dropout):
     layer, lora, x = adapted(name, dropout=dropout)
     for ours, eager in zip(everything(torch.compile(layer.forward, backend="aot_eager", fullgraph=True), lora, x), everything(layer, lora, x)):
         torch.testing.assert_close(ours, eager, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_compiled_layer_under_autocast_is_the_layer_under_autocast(name):
+    """fp32 weights, as a caller's own loop may have them. Graphs and the passes without one see the same roundings, so little more than the last bit may differ."""
+    layer, lora, x = adapted(name, torch.float32, dropout=0.5)
+    run = torch.compile(layer.forward, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [everything(way, lora, x) for way in (run, lambda x: checkpoint(run, x, use_reentrant=False), layer)]
+    for ours, again, eager in zip(*found):
+        assert torch.equal(ours, again) and ours.dtype == eager.dtype
+        assert (ours.float() - eager.float()).norm() <= 2 * torch.finfo(torch.bfloat16).eps * eager.float().norm()
+    assert found[0][0].dtype == torch.bfloat16 and all(grad.dtype == torch.float32 for grad in found[0][1:])
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
@@ -82,13 +98,13 @@ def test_the_sum_of_both_products_has_the_gradients_of_its_parts():
     assert torch.autograd.gradcheck(torch.ops.hcpdiff.small_first, inputs)
 
 
-def tiny_unet():
+def tiny_unet(cross_dim=8):
     """The regions of a true UNet, few kinds of them."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
     return UNet2DConditionModel(sample_size=8, layers_per_block=1, block_out_channels=(16,), norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D",),
-                                up_block_types=("CrossAttnUpBlock2D",), mid_block_type=None, cross_attention_dim=8, attention_head_dim=2).requires_grad_(False)
+                                up_block_types=("CrossAttnUpBlock2D",), mid_block_type=None, cross_attention_dim=cross_dim, attention_head_dim=2).requires_grad_(False)
 
 
 def with_loras(model, names, dropout=0.0):
@@ -203,6 +219,49 @@ def test_a_compiled_run_writes_what_an_uncompiled_one_writes(train, monkeypatch)
     monkeypatch.setattr(machine, "check_compiler", lambda device, key: None)
     monkeypatch.setattr(StableDiffusion, "blocks", frozenset({"CLIPEncoderLayer"}))
     compare_runs(train, monkeypatch)
+
+
+class Graphs:
+    """A backend that counts what is compiled and what of it is called; `by_step` has both of each finished step."""
+
+    def __init__(self):
+        self.made = self.called = 0
+        self.by_step = []
+
+    def __call__(self, graph, inputs):
+        self.made += 1
+        return lambda *args: self._call(graph, args)
+
+    def _call(self, graph, args):
+        self.called += 1
+        return graph(*args)
+
+    def on_step_end(self, trainer):
+        self.by_step.append((self.made, self.called))
+        self.made = self.called = 0
+
+
+def test_a_run_over_several_sizes_and_short_batches_compiles_in_its_first_steps_and_uses_that_for_all(tmp_path, monkeypatch, tiny_sd1):
+    """Three buckets with batches of two and of one: each kind of block is compiled once for each of these two, for any width and height, and no block ever runs uncompiled. No
+    square here: where width and height were one number at first, a resnet is compiled once more."""
+    monkeypatch.chdir(tmp_path)
+    graphs, sizes = Graphs(), [(96, 64), (64, 96), (112, 80)]
+    monkeypatch.setattr(compiled, "BACKEND", graphs)
+    monkeypatch.setattr(machine, "check_compiler", lambda device, key: None)
+    monkeypatch.setattr(LogHook, "on_step_end", lambda hook, trainer: graphs.on_step_end(trainer))
+    shutil.copytree(tiny_sd1, "model", ignore=shutil.ignore_patterns("unet"))
+    tiny_unet(cross_dim=32).save_pretrained("model/unet")
+    run_help.images(tmp_path / "images", count=9, sizes=sizes)
+    Path("cfg.yaml").write_text(CONFIG.format(model="model"), encoding="utf-8")
+    words = f"data.one.bucket={{sizes: {[list(size) for size in sizes]}}}", "train.train_steps=12", "lora_unet=[{lr: 1.0, rank: 2, layers: ['re:.*attn.$', 're:.*conv1$']}]"
+    run, eager = (run_help.run("cfg.yaml", f"exp_dir={name}", f"model.compile={name == 'ours'}", *words)[0] for name in ("ours", "eager"))
+    steps, regions = graphs.by_step[:12], len(StableDiffusion().regions(run.models, "unet"))
+    assert len(run.data.plan.shapes()) == 6 and [called for _, called in steps] == [regions] * 12 == [6] * 12
+    assert sorted(made for made, _ in steps) == [0] * 10 + [3] * 2 and steps[0][0] == 3, "three kinds of blocks"
+    assert graphs.by_step[12:] == [(0, 0)] * 12
+    expected = weights(eager)
+    for name, tensor in weights(run).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("text", [True, False])

@@ -74,7 +74,8 @@ class _LoraLinear(torch.autograd.Function):
 
 @torch.library.custom_op("hcpdiff::small_first", mutates_args=())
 def _small_first(h: Tensor, high: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """h high^T + x W^T, added up in fp32 and rounded once. A compiler that saw the two products would be free to round each (decision 0091)."""
+    """h high^T + x W^T, added up in fp32 and rounded once. A compiler that saw the two products would be free to round each, as inductor does on some devices and in some
+    versions where something elementwise follows (decision 0091)."""
     return (h @ high.t()).addmm_(x, weight.t())
 
 
