@@ -10,6 +10,7 @@ import diffusers  # noqa: F401
 import torch
 from torch import nn
 
+from hcpdiff.adapters.shadow import Shadow
 from hcpdiff.errors import CheckpointError, ConfigError, DataError, HCPError, NonFiniteError
 from hcpdiff.train import run, signals  # noqa: F401
 from hcpdiff.train.previews import PreviewHook
@@ -233,12 +234,12 @@ data:
 """
 
 
-def whole(*words, main=None, model="GROUP_MODEL"):
+def whole(*words, main=None, model="GROUP_MODEL", config=CONFIG):
     """A run of train_ac on the model and images that the environment names (GROUP_MODEL or GROUP_SDXL, GROUP_IMAGES)."""
     def work(rank):
         from hcpdiff import train_ac
 
-        Path("cfg.yaml").write_text(CONFIG.format(model=os.environ[model], images=os.environ["GROUP_IMAGES"]), encoding="utf-8")
+        Path("cfg.yaml").write_text(config.format(model=os.environ[model], images=os.environ["GROUP_IMAGES"]), encoding="utf-8")
         args = SimpleNamespace(cfg="cfg.yaml", overrides=["exp_dir=run", *words], allow_target=[])
         return main(args) if main else train_ac.train(args, None)
     return work
@@ -249,6 +250,33 @@ def alone(rank):
     from hcpdiff import train_ac_single
 
     return whole("train.train_steps=1", main=train_ac_single.main)(rank)
+
+
+JOINT = """
+train: {{train_steps: 2, save_step: null, cpu_threads: 1, workers: 0, scheduler: {{name: constant}}}}
+model: {{pretrained_model_name_or_path: '{model}'}}
+lora_unet:
+  - {{lr: 1e-2, rank: 2, layers: ['re:.*attn.$', 're:.*conv1$']}}
+lora_text_encoder:
+  - {{lr: 1e-2, rank: 2, layers: ['re:.*self_attn$']}}
+data:
+  one:
+    source: {{a: {{img_root: '{images}', repeats: 2}}}}
+    bucket: {{sizes: [[64, 64]]}}
+"""
+
+
+def noted(*words):
+    """A run of two steps; rank 0 keeps in noted.pt what all processes together give to each step, and the types of half-precision copies that were multiplied with."""
+    def work(rank):
+        gradients, copies, clip, fresh = [], [], Gradients.clip, Shadow.fresh
+        Gradients.clip = lambda self, *most: gradients.append(self.values.clone()) or clip(self, *most)
+        Shadow.fresh = lambda self: copies.append(self.dtype) or fresh(self)
+        code = whole(*words, config=JOINT)(rank)
+        if rank == 0:
+            torch.save((gradients, copies), "noted.pt")
+        return code
+    return work
 
 
 # name: (processes, what each does, what is done to them)
@@ -279,6 +307,10 @@ ALL = {
     "sdxl_one": (1, whole("train.gradient_accumulation_steps=2", model="GROUP_SDXL"), None),
     "sdxl_parts": (2, whole("train.train_steps=3", model="GROUP_SDXL"), None),
     "sdxl_resumed": (2, whole("train.resume=../sdxl_parts/run", model="GROUP_SDXL"), None),
+    "joint": (1, noted("data.one.batch_size=14"), None),
+    "halves": (2, noted("data.one.batch_size=7"), None),
+    "joint_bf16": (1, noted("data.one.batch_size=2", "train.gradient_accumulation_steps=2", "mixed_precision=bf16"), None),
+    "halves_bf16": (2, noted("data.one.batch_size=2", "mixed_precision=bf16"), None),
     "alone": (2, alone, None),
     "stuck": (2, lambda rank: member(rank, stuck), twice),
 }

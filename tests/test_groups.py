@@ -140,6 +140,18 @@ def test_a_save_that_fails_for_want_of_a_batch_elsewhere_gives_all_its_exit_code
     assert group.codes == [3, 3] and said.count("images/5.png: the file is gone") == said.count("step 3 is not saved") == 1, group.said
 
 
+@pytest.mark.parametrize("precision,most", [("", 1e-5), ("_bf16", 0.0)])
+def test_the_gradients_of_two_processes_are_those_of_one_over_their_joint_batch(ended, precision, most):
+    """fp32: two batches of seven against one of all fourteen samples. bf16, with half-precision copies: two batches, at a time or one after the other, for rounding may depend on
+    a batch's size."""
+    joint, halves = ended(f"joint{precision}"), ended(f"halves{precision}")
+    assert joint.codes == [0] and halves.codes == [0, 0], (joint.said, halves.said)
+    (one, copies), (two, others) = (torch.load(group.folder / "noted.pt") for group in (joint, halves))
+    assert copies == others == [torch.bfloat16] * (2 if precision else 0)
+    for a, b in zip(one, two, strict=True):
+        assert 0 < a.norm() and (a - b).norm() <= most * a.norm()
+
+
 def test_two_processes_of_sdxl_stopped_and_resumed_train_what_one_does_with_accumulation(ended):
     one, two, resumed = ended("sdxl_one"), ended("sdxl_parts"), ended("sdxl_resumed")
     assert one.codes == [0] and two.codes == resumed.codes == [0, 0], (one.said, two.said, resumed.said)

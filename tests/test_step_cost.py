@@ -7,19 +7,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import run_help
 import torch
 from diffusers import UNet2DConditionModel
 from test_adapters import IN_PLACE
+from test_run import CONFIG
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from ways import WAYS, Batch, targets
+from ways import TARGETS, WAYS, Batch, targets
 
+from hcpdiff.adapters.base import detach
 from hcpdiff.adapters.lora import Lora
+from hcpdiff.config.load import load
+from hcpdiff.config.schema import RunConfig
 from hcpdiff.families.base import Models
 from hcpdiff.families.sd import StableDiffusion
+from hcpdiff.train.parallel import Parallel
+from hcpdiff.train.run import Run
 
 RANK = 8
 
@@ -176,3 +183,41 @@ def test_no_frozen_parameter_gets_a_gradient():
         frozen = [name for name, p in unet.named_parameters() if ".adapter." not in name]
         assert frozen and not [name for name, p in unet.named_parameters() if name in frozen and (p.grad is not None or p.requires_grad)]
         assert all(p.grad is not None for name, p in unet.named_parameters() if ".adapter." in name)
+
+
+class Costed(Run):
+    """Counts the FLOPs of its steps, and looks at who has a gradient after the last one."""
+
+    def _build_trainer(self):
+        trainer = super()._build_trainer()
+        step, self.flops = trainer._step, []
+
+        def counted(*args):
+            with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+                step(*args)
+            self.flops.append(counter.get_total_flops())
+            self.graded = {(part, name) for part, module in self.models.modules.items() for name, p in module.named_parameters() if p.grad is not None}
+
+        trainer._step = counted
+        return trainer
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_of_a_real_run_costs_what_the_step_that_is_measured_here_costs(tmp_path, monkeypatch, tiny_sd1, checkpointing):
+    """To the FLOP, and gives nothing but the LoRA's weights a gradient: so what holds above holds for a run."""
+    monkeypatch.chdir(tmp_path)
+    run_help.images(tmp_path / "images", count=2, sizes=((64, 64),))
+    Path("cfg.yaml").write_text(CONFIG.format(model=tiny_sd1), encoding="utf-8")
+    layers = [f"re:.*attentions.*{name}$" for name in TARGETS]
+    words = ["exp_dir=run", f"model.gradient_checkpointing={checkpointing}", f"lora_unet=[{{lr: 1e-3, rank: {RANK}, layers: {layers}}}]"]
+    run = Costed(load("cfg.yaml", words, RunConfig), Parallel())
+    assert run.train() == 0
+    unet = run.models.unet
+    adapters = {("unet", name) for name, _ in unet.named_parameters() if ".adapter." in name}
+    assert len(adapters) == 2 * 160 and run.graded == adapters
+    detach(unet)
+    latents = torch.randn(2, 4, 8, 8)
+    batch = Batch(latents, torch.ones(2, dtype=torch.int64), torch.randn(2, 77, unet.config.cross_attention_dim), latents)
+    with WAYS["ours"](unet, batch, RANK) as step, FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+        step()
+    assert run.flops == [counter.get_total_flops()] * 2
