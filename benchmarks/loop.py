@@ -96,7 +96,7 @@ def measure(args) -> tuple[list[float], list[float]]:
 def figure(args, whole: list[float], bare: list[float]) -> Figure:
     """The loop to its bare step. The demo's model has no goal: its step is so short that a few milliseconds of any loop are more than 3 % of it, so what counts
     there are the milliseconds."""
-    what = f"a step of a run, {'the demo model' if args.tiny else 'SD1.5'}, {args.pixels} px, batch {args.batch}{', compiled' if args.compile else ''}"
+    what = f"a step of a run, {'the demo model' if args.tiny else 'SD1.5'}, {args.pixels} px, batch {args.batch}, {args.dtype}{', compiled' if args.compile else ''}"
     values = {"step s": statistics.median(whole), "bare s": statistics.median(bare)}
     own = {"the loop's own ms": 1000 * statistics.median(a - b for a, b in zip(whole, bare))}
     return Figure(what, "its own bare step", ratios(whole, bare), None if args.tiny else BOUND, values=values | own)

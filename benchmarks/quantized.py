@@ -68,35 +68,40 @@ def measure(args: argparse.Namespace) -> list[Figure]:
     figures = []
     for code in CODES:
         figures += [*weights(models, code, memory, args), step(seconds, code, args), *peak(peaks, code, args),
-                    Figure(f"change of the prediction by {code}", f"dense {args.dtype}", [distance(predictions[code], predictions[None])])]
+                    Figure(f"change of the prediction by {code}, {kind(args)}", f"dense {args.dtype}", [distance(predictions[code], predictions[None])])]
     if rounded is not None:  # what everybody takes for granted
-        figures.append(Figure("change of the prediction by bf16", "dense fp32", [distance(rounded, predictions[None])]))
+        figures.append(Figure(f"change of the prediction by bf16, {kind(args)}", "dense fp32", [distance(rounded, predictions[None])]))
     return figures
 
 
 def weights(models: dict, code: str, memory: dict[str | None, float], args: argparse.Namespace) -> list[Figure]:
     """The UNet's bytes as they are stored and as measured."""
     kept, bf16 = stored_bytes(models[code]), sum(parameter.numel() * 2 for name, parameter in models[None].named_parameters() if ".adapter." not in name)
-    return [Figure(f"bytes of the UNet in {code}", "bf16", [kept / bf16], MOST, values={"MiB": kept / MIB, "dense MiB": bf16 / MIB}),
-            Figure(f"memory of the UNet in {code}", f"dense {args.dtype}, measured", [memory[code] / memory[None]], None if args.dtype == "fp32" else MOST,
+    return [Figure(f"bytes of the UNet in {code}, {model_name(args)}", "bf16", [kept / bf16], MOST, values={"MiB": kept / MIB, "dense MiB": bf16 / MIB}),
+            Figure(f"memory of the UNet in {code}, {model_name(args)}", f"dense {args.dtype}, measured", [memory[code] / memory[None]], None if args.dtype == "fp32" else MOST,
                    values={"MiB": memory[code], "dense MiB": memory[None]})]
 
 
 def step(seconds: dict[str | None, list[float]], code: str, args: argparse.Namespace) -> Figure:
     """A step's time."""
     values = {"s": statistics.median(seconds[code]), "dense s": statistics.median(seconds[None])}
-    return Figure(f"step on {code}{kind(args)}", f"step on dense {args.dtype}", ratios(seconds[code], seconds[None]), values=values)
+    return Figure(f"step on {code}, {kind(args)}", f"step on dense {args.dtype}", ratios(seconds[code], seconds[None]), values=values)
 
 
 def peak(peaks: dict[str | None, float], code: str, args: argparse.Namespace) -> list[Figure]:
     """A step's peak on a GPU."""
     values = {"MiB": peaks[code], "dense MiB": peaks[None]} if peaks else {}
-    return [Figure(f"peak of a step on {code}{kind(args)}", f"step on dense {args.dtype}", [peaks[code] / peaks[None]], values=values)] if peaks else []
+    return [Figure(f"peak of a step on {code}, {kind(args)}", f"step on dense {args.dtype}", [peaks[code] / peaks[None]], values=values)] if peaks else []
+
+
+def model_name(args: argparse.Namespace) -> str:
+    """The family, or the folder's name."""
+    return args.model.name if args.model else args.family
 
 
 def kind(args: argparse.Namespace) -> str:
-    """What is special about the steps, for a figure's name."""
-    return f"{', compiled' if args.compile else ''}{', checkpointing' if args.checkpointing else ''}"
+    """What the steps are of, for a figure's name."""
+    return f"{model_name(args)} {args.pixels} px batch {args.batch}{' compiled' if args.compile else ''}{' checkpointing' if args.checkpointing else ''}"
 
 
 @torch.no_grad()
@@ -165,7 +170,7 @@ def main() -> None:
     args.ways = ["ours"]
     if args.threads:
         torch.set_num_threads(args.threads)
-    show(f"{args.model or args.family}, {args.pixels} px, batch {args.batch}, {args.dtype}", measure(args), args)
+    show(f"{model_name(args)}, {args.pixels} px, batch {args.batch}, {args.dtype}", measure(args), args)
 
 
 if __name__ == "__main__":

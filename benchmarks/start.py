@@ -125,7 +125,8 @@ def main() -> None:
         child(args, "fill", place)
         made: dict[str, list[dict]] = {"run": [], "reference": []}
         in_turn({name: lambda name=name: made[name].append(child(args, name, place)) for name in made}, args.rounds)
-        answers = in_turn({"--help": lambda: answer(["--help"], 0), "a mistake": lambda: answer([f"--cfg={ROOT / 'cfgs/train/examples/lora_conventional.yaml'}", "train.nothing=1"], 2)}, args.rounds)
+        wrong = f"--cfg={ROOT / 'cfgs/train/examples/lora_conventional.yaml'}", "train.nothing=1"
+        answers = {} if args.tiny else in_turn({"--help": lambda: answer(["--help"], 0), "a mistake": lambda: answer([*wrong], 2)}, args.rounds)  # they read no model
     seconds = {name: [one["seconds"] for one in all_[1:]] for name, all_ in made.items()}  # the first round does not count
     middle = sorted(made["run"][1:], key=lambda one: one["seconds"])[args.rounds // 2]
     values = {f"{name} s": seconds_[len(seconds_) // 2] for name, seconds_ in ((name, sorted(all_)) for name, all_ in seconds.items())} | {f"{name} s": value for name, value in middle["parts"].items()}
