@@ -12,7 +12,7 @@ WRONG = {
     "misspelt key on the top": (["--cfg", "good.yaml", "lora_unt=null"], "Nearest: lora_unet"),
     "wrong type": (["--cfg", "good.yaml", "data.dataset1.batch_size=many"], "a whole number is expected"),
     "out of range": (["--cfg", "good.yaml", "lora_unet.0.rank=0"], "must be above 0"),
-    "several faults": (["--cfg", "good.yaml", "seed=x", "train.workers=-1", "data.dataset1.bucket.num_buckets=3"], "error: 3 faults"),
+    "several faults": (["--cfg", "good.yaml", "seed=x", "train.workers=-1", "data.dataset1.bucket.num_buckets=3"], "error: 4 faults"),
     "loop": (["--cfg", "loop.yaml"], "loop.yaml -> other.yaml -> loop.yaml"),
     "missing base": (["--cfg", "gone.yaml"], "'cfgs/train/nowhere.yaml' (gone.yaml:1) is not there. Looked in cfgs/train"),
     "missing file": (["--cfg", "god.yaml"], "Nearest: good.yaml"),
@@ -33,7 +33,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_config_is_one_message_and_leaves_nothing(tmp_path, name):
+def test_a_wrong_config_is_one_message_and_leaves_nothing(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # so the base model cannot be had either, which is told with what is wrong beside it
     for file, text in FILES.items():
         write(tmp_path, text, file)
     before = sorted(tmp_path.rglob("*"))

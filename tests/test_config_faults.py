@@ -226,13 +226,14 @@ def test_faults_of_data_and_model_come_with_those_of_the_config(tmp_path, monkey
     from hcpdiff.train_ac import quick_checks
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "model").mkdir()
     (tmp_path / "captions.json").write_text("{", encoding="utf-8")
     more = "sed: 1\n"
     found = faults(tmp_path, "train.train_epoch=1", "model.pretrained_model_name_or_path=model", "data.dataset1.source.source1.caption_file=captions.json", more=more, also=quick_checks)
     assert [word for word in ("train_epoch ", "sed", "captions.json", "model_index.json") if not any(word in fault for fault in found)] == [] and len(found) == 4
     found = faults(tmp_path, "data.dataset1.batch_size=x", "data.dataset1.source.source1.caption_file=captions.json", more=more, also=quick_checks)
-    assert len(found) == 2  # a data set with a fault of its own is not looked into
+    assert len(found) == 3 and "HF_HUB_OFFLINE" in found[-1]  # a data set with a fault of its own is not looked into
 
 
 def test_keys_of_a_base_that_nothing_reads_are_not_in_cfg_yaml(tmp_path, monkeypatch):

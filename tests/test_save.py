@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_trainer import Lossy, Place, toy
 
-from hcpdiff.checkpoint import io
+from hcpdiff.checkpoint import atomic
 from hcpdiff.checkpoint.resume import load_state, save_state
 from hcpdiff.checkpoint.runs import SUMS as NAME
 from hcpdiff.checkpoint.runs import states
@@ -89,7 +89,7 @@ def break_at(monkeypatch, number, part="state.safetensors"):
             self.file.write(bytes(data)[:7])
             raise OSError(number, "No space left on device" if number == errno.ENOSPC else "injected")
 
-    monkeypatch.setattr(io, "open", lambda path, mode: Full(real(path, mode)) if on and "x" in mode and part in str(path) else real(path, mode), raising=False)
+    monkeypatch.setattr(atomic, "open", lambda path, mode: Full(real(path, mode)) if on and "x" in mode and part in str(path) else real(path, mode), raising=False)
     return on
 
 
