@@ -98,6 +98,13 @@ def ours(tiny_sd1, tmp_path):
     return draw
 
 
+def test_the_start_says_which_prompts_are_drawn(ours):
+    ours(prompt=["a cat\non a \x1b[31mmat", "a dog"], infer_args=STEPS | {"num_inference_steps": 1})
+    assert "\n  prompt     a cat on a \\x1b[31mmat  and 1 more\n  negative   bad\n" in ours.said
+    ours(neg_prompt="", prompt="a " * 99, infer_args=STEPS | {"num_inference_steps": 1})
+    assert "negative" not in ours.said and f"\n  prompt     {'a ' * 59}a…\n" in ours.said
+
+
 def test_picture_without_lora_is_diffusers_own(ours, plain_picture):
     assert np.abs(ours()[0] - plain_picture).max() <= 1
 

@@ -1,7 +1,10 @@
 """Numbers are watched: a step that is not finite changes nothing, is counted and named, and the host waits for no device to know it."""
 
+import io
 import math
+import re
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prodigyopt import Prodigy
+from rich.console import Console
 from schedulefree import AdamWScheduleFree
 from test_step_reference import Setup, make_batch
 from test_trainer import Place, ToyFeed
@@ -16,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hcpdiff.errors import NonFiniteError
-from hcpdiff.loggers.console import progress_line
+from hcpdiff.loggers.console import ConsoleLogger, progress_line
 from hcpdiff.train.hooks import LogHook, Periodic, Usual
 from hcpdiff.train.optim import Gradients, optimizer_groups
 from hcpdiff.train.signals import StopRequest
@@ -491,3 +495,21 @@ def test_a_loss_that_explodes_and_stays_finite_is_said_once():
     assert usual.exceeded_by(50.0) == pytest.approx(0.2) and usual.exceeded_by(500.0) is None and usual.exceeded_by(math.nan) is None
     assert usual.exceeded_by(0.1) is None and usual.exceeded_by(50.0) is not None
     assert all(Usual().exceeded_by(mean) is None for mean in (1e9, 1e9, 1e9))  # nothing is known yet
+
+
+@pytest.mark.parametrize("width, shows, leaves_out", [(60, "", "loss"), (80, "loss 1.0119", "epoch"), (110, "epoch 0.20  loss 1.0119", "lr"), (150, "lr unet 6.00e-04  0.17 steps/s", "grad_norm"),
+                                                      (200, "epoch 0.20  loss 1.0119  grad_norm 0.1308  lr unet 6.00e-04  0.17 steps/s", "…")])
+def test_a_narrow_terminal_keeps_the_count_and_the_times(width, shows, leaves_out):
+    logger = ConsoleLogger()
+    logger.console = Console(file=io.StringIO(), force_terminal=True, width=width, legacy_windows=False)
+    logger.open(Path(), 0, 20000)
+    try:
+        logger.advance(2000)
+        logger.progress(2000, {"epoch": 0.2, "loss": 1.0119, "grad_norm": 0.1308, "lr unet": 6e-4, "speed": 0.17, "left": 1000.0})
+        table = logger.bar.get_renderable()
+    finally:
+        logger.close()
+    plain = Console(file=io.StringIO(), width=width)
+    plain.print(table)
+    (line,) = plain.file.getvalue().splitlines()
+    assert " 2000/20000 " in line and re.search(r"\d:\d\d:\d\d left -:--:--", line) and shows in line and leaves_out not in line and "…" not in line

@@ -40,7 +40,8 @@ OTHER_NAMES = {
     **dict.fromkeys(("steps", "sampling_steps", "num_steps", "inference_steps"), "infer_args.num_inference_steps"),
     **dict.fromkeys(("cfg", "cfg_scale", "scale", "guidance"), "infer_args.guidance_scale"), "rescale": "infer_args.guidance_rescale",
     **dict.fromkeys(("sampler", "sampler_name", "sampler_index", "scheduler"), "new_components.scheduler (such as new_components.scheduler._target_=diffusers.EulerDiscreteScheduler)"),
-    "W": "infer_args.width", "H": "infer_args.height",
+    "W": "infer_args.width", "H": "infer_args.height", **dict.fromkeys(("batch_size", "train_batch_size"), "bs"), **dict.fromkeys(("n_iter", "num_images", "batch_count"), "num"),
+    "negative": "neg_prompt", **dict.fromkeys(("output_dir", "outdir"), "out_dir"), **dict.fromkeys(("lora", "lora_weights", "network_weights"), "lora_path"),
 }
 # Least value, and whether it is an integer, of the arguments that every pipeline has.
 NUMBERS = {"width": (8, int), "height": (8, int), "num_inference_steps": (1, int), "guidance_scale": (0, float), "guidance_rescale": (0, float), "eta": (0, float)}

@@ -140,7 +140,7 @@ class Faults:
     def check(self) -> None:
         """Raise one DataError about all of them, if there are any."""
         lines = "".join(f"\n  {line}" for line in sorted(self.images))
-        images = [f"{len(self.images)} images cannot be read. Repair or remove them, or set skip_bad_images: true to go on without them:{lines}"]
+        images = [f"{len(self.images)} image{'s' if len(self.images) > 1 else ''} cannot be read. Repair or remove them, or set skip_bad_images: true to go on without them:{lines}"]
         if self.images or self.others:
             raise DataError(images[:len(self.images)] + self.others)
 

@@ -1,7 +1,7 @@
 """Progress on the terminal: a live bar where there is one, a line per interval where output goes to a file."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,16 @@ def progress_line(step: int, total: int, values: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
+def fitting(parts: Sequence[str], room: int) -> str:
+    """The parts that fit into `room` characters; the loss is the last that is left out."""
+    kept = list(parts)
+    for least in ("grad_norm", "lr", "", "epoch", "loss"):  # "": whatever else there is
+        for part in [part for part in reversed(kept) if part.startswith(least) and (least or not part.startswith(("epoch", "loss")))]:
+            if len("  ".join(kept)) > room:
+                kept.remove(part)
+    return "  ".join(kept)
+
+
 def _number(name: str, value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.2e}" if name.startswith("lr") else f"{value:.4f}"
 
@@ -40,7 +50,7 @@ class ConsoleLogger(Logger):
 
         width = None if sys.stdout.isatty() else 150  # a log file has no width of its own
         self.console = Console(width=width, soft_wrap=False, legacy_windows=False)
-        self.bar, self.total = None, 0
+        self.bar, self.total, self.room = None, 0, 0
 
     def open(self, folder: Path, first_step: int, total_steps: int) -> None:
         self.total = total_steps
@@ -48,7 +58,9 @@ class ConsoleLogger(Logger):
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        self.bar = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
+        bar = max(10, min(40, self.console.width - 80))
+        self.room = self.console.width - bar - len(f"training {total_steps}/{total_steps} 00:00:00 left 00:00:00 ") - 4
+        self.bar = Progress(TextColumn("training"), BarColumn(bar), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
                             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console)
         self.task = self.bar.add_task("training", total=total_steps, completed=first_step, status="")
         self.bar.start()
@@ -68,7 +80,7 @@ class ConsoleLogger(Logger):
             self.say(progress_line(step, self.total, values))
         else:  # which has counted the steps itself, and what is left
             line = progress_line(step, self.total, {name: value for name, value in values.items() if name != "left"})
-            self.bar.update(self.task, status="  ".join(line.split("  ")[1:]))
+            self.bar.update(self.task, status=fitting(line.split("  ")[1:], self.room))
 
     def close(self) -> None:
         if self.bar is not None:

@@ -11,6 +11,7 @@ import torch
 
 from .. import device as devices
 from ..config.infer_schema import InferConfig
+from ..data.files import shown
 from ..errors import ConfigError, HCPError
 from ..families import detect
 from ..families.base import Conditioning, Family, Models, text_components
@@ -237,10 +238,17 @@ def report(request: Request, facts: Facts, loras: Sequence[attach.Loaded], devic
     lines = [("model", f"{request.cfg.pretrained_model} ({facts.family})"), ("device", f"{devices.describe(device)}, {facts.dtype}, attention {kernel}"),
              *[("LoRA", line) for lora in loras for line in lora.describe()], *[("new", f"{name}: {spec['_target_']}") for name, spec in request.cfg.new_components.items()],
              *([("embeddings", ", ".join(facts.embeddings))] if facts.embeddings else []),
+             ("prompt", first_of(request.texts)), *([("negative", first_of(request.neg_texts))] if any(request.neg_texts) else []),
              ("sampler", f"{facts.scheduler}, {facts.steps} steps, guidance {facts.guidance:g}"),
              ("pictures", f"{len(seeds)} of {facts.width}x{facts.height}, seed {shown}"), ("to", str(request.out_dir))]
     for name, text in lines:
         say(f"  {name:<11}{text}")
+
+
+def first_of(texts: Sequence[str]) -> str:
+    """The first of the texts, on one line of at most 120 characters, and how many other ones there are."""
+    text, others = shown(" ".join(texts[0].split())), len(set(texts)) - 1
+    return (f"{text[:119]}…" if len(text) > 120 else text or "''") + (f"  and {others} more" if others else "")
 
 
 def draw(request: Request, studio: Studio, say: Callable[[str], None]) -> list[Path]:
@@ -262,7 +270,7 @@ def drawn_batches(request: Request, studio: Studio, total: int, say: Callable[[s
     """Each batch with its images, when they are asked for."""
     for batch in batches(request.pictures, studio.repeats, request.cfg.bs):
         first, last = batch[0].index + 1, batch[-1].index + 1
-        studio.pipe.set_progress_bar_config(desc=f"picture {first} of {total}" if first == last else f"pictures {first}-{last} of {total}")
+        studio.pipe.set_progress_bar_config(disable=None, desc=f"picture {first} of {total}" if first == last else f"pictures {first}-{last} of {total}")
         drawn = draw_batch(request, studio, batch)
         if drawn.redecoded:
             say(f"note: the VAE's result was black or not finite in {studio.facts.dtype}; it was decoded again in fp32.")
