@@ -32,7 +32,7 @@ def keys(args: argparse.Namespace, place: str) -> list[str]:
 
 def run(args: argparse.Namespace, place: str) -> None:
     """The command's own way to the first step; there it ends and writes the seconds of its parts."""
-    from hcpdiff import train_ac_single
+    from hcpdiff import train_ac, train_ac_single
 
     begun = float(os.environ["BEGUN"])
     times = [("python", time.time() - begun)]
@@ -40,29 +40,30 @@ def run(args: argparse.Namespace, place: str) -> None:
     def note(name: str) -> None:
         times.append((name, time.time() - begun))
 
-    given = train_ac_single.parser().parse_args(keys(args, place))
-    import hcpdiff.train.parallel
-    import hcpdiff.train.run
-    from hcpdiff.train.trainer import Trainer
-
-    note("imports")
-    first = hcpdiff.train.run.Run
-    for name in ("_read_inputs", "_load_model", "_attach_adapters", "_build_trainer", "_report", "_cache", "_place_models"):
-        def timed(self, *more, real=getattr(first, name), name=name):
-            made = real(self, *more)
-            note(name.strip("_").replace("_", " "))
-            return made
-
-        setattr(first, name, timed)
-
     def stop(trainer, step, micro, *more):
         note("run folder and hooks")
         parts = dict(zip([name for name, _ in times], [b - a for a, b in zip([0, *(t for _, t in times)], [t for _, t in times])]))
         print(json.dumps({"seconds": times[-1][1], "cpu": time.process_time(), "parts": parts}), flush=True)
         os._exit(0)
 
-    Trainer._step = stop if not args.fill else Trainer._step
-    train_ac_single.main(given)
+    def imported(*more, real=train_ac.run):
+        note("imports")
+        from hcpdiff.train.run import Run
+        from hcpdiff.train.trainer import Trainer
+
+        for name in ("_read_inputs", "_load_model", "_attach_adapters", "_build_trainer", "_report", "_cache", "_place_models"):
+            def timed(self, *more, real=getattr(Run, name), name=name):
+                made = real(self, *more)
+                note(name.strip("_").replace("_", " "))
+                return made
+
+            setattr(Run, name, timed)
+        if not args.fill:
+            Trainer._step = stop
+        return real(*more)
+
+    train_ac.run = imported  # nothing is imported before the command does it
+    train_ac_single.main(train_ac_single.parser().parse_args(keys(args, place)))
 
 
 def reference(args: argparse.Namespace) -> None:

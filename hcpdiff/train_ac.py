@@ -48,12 +48,17 @@ def train(args: argparse.Namespace, asked: int | None) -> int:
     with StopRequest() as stop:
         if loaded.config.train.on_orphan == "stop" and launcher.launcher_command():
             stop.looks.append(orphaned(stop, launcher.PARENT))
+        from .importing import importing
         from .quiet import quiet_libraries
 
         cli.reading()
-        quiet_libraries()
-        from .train.parallel import Parallel
+        with importing():
+            quiet_libraries()
+            from .families.clip_unet import import_kinds
+            from .train.parallel import Parallel
+            from .train.run import Run  # noqa: F401 - and all that it imports
 
+            import_kinds()
         return run(loaded, args, Parallel(), stop, now)
 
 

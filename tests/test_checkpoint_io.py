@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hcpdiff.checkpoint.atomic import write_atomic
-from hcpdiff.checkpoint.io import payload_sha256, read_tensors, save_tensors
+from hcpdiff.checkpoint.io import Scratch, payload_sha256, read_tensor, read_tensors, save_tensors
 from hcpdiff.checkpoint.paths import beside, locate, missing, newest, split_name
 from hcpdiff.checkpoint.safetensors_header import read_header
 from hcpdiff.errors import CheckpointError
@@ -229,3 +229,19 @@ def test_a_run_folder_stands_for_its_newest_step_with_all_parts(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no weight files"):
         locate(tmp_path / "empty")
+
+
+def test_scratch_holds_one_tensor_after_the_other(tmp_path):
+    """Equal to what is read into memory of its own, whatever lay there before; it grows to the largest, and every tensor of a file fits in it, an empty one too."""
+    tensors = {"large": torch.randn(40, 30), "half": torch.randn(7).half(), "empty": torch.zeros(0, 3), "scalar": torch.tensor(5), "flag": torch.tensor([True, False, True])}
+    save_tensors(tmp_path / "t.safetensors", tensors, {})
+    header, scratch = read_header(tmp_path / "t.safetensors"), Scratch()
+    for name in [*tensors, *reversed(tensors)]:
+        found = read_tensor(tmp_path / "t.safetensors", header, name, scratch)
+        assert found.dtype == tensors[name].dtype and torch.equal(found, tensors[name])
+    first = read_tensor(tmp_path / "t.safetensors", header, "large", scratch)
+    assert read_tensor(tmp_path / "t.safetensors", header, "half", scratch).data_ptr() == first.data_ptr()
+    with open(tmp_path / "t.safetensors", "r+b") as file:
+        file.truncate(header.payload + 100)
+    with pytest.raises(CheckpointError):
+        read_tensor(tmp_path / "t.safetensors", header, "large", scratch)

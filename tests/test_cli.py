@@ -136,3 +136,28 @@ def test_the_guides_commented_command_is_explained(tmp_path):
     script = f"{sys.executable} -m hcpdiff.train_ac_single \\\n    --cfg cfgs/train/lora1.yaml \\\n    unet_lr=0.0002 \\ # 修改学习率\n"
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(CHECKOUT)}, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 2 and "A comment after a '\\'" in done.stderr
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_collector_rests_while_a_command_imports(fails):
+    """In a process of its own: what is imported is frozen, and the collector works again, also after an import that failed; there nothing is frozen."""
+    code = f"""
+import gc
+from hcpdiff.importing import importing
+try:
+    with importing():
+        assert not gc.isenabled()
+        import torch
+        if {fails}:
+            import nothing_of_this_name
+except ImportError:
+    pass
+assert gc.isenabled()
+assert (gc.get_freeze_count() > 50_000) != {fails}, gc.get_freeze_count()
+kept = gc.get_freeze_count()
+with importing():  # a second time there is nothing to import
+    assert gc.isenabled()
+assert gc.get_freeze_count() == kept
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from single_models import ldm_state, make_parts, save_single
 from test_run import CONFIG, train  # noqa: F401 - the fixture
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextModel
 
 from hcpdiff.adapters.base import adapted_layers
@@ -85,6 +86,22 @@ def test_an_outline_that_was_read_later_is_the_model_that_is_loaded_at_once(tiny
     assert not models.unread and equal(models.unet.state_dict(), whole_of(model, dtype, **more))
     assert not any(module.training for module in models.unet.modules()) and not any(p.requires_grad for p in models.unet.parameters())
     assert all(p.data_ptr() % 64 == 0 for p in models.unet.parameters())
+
+
+@pytest.mark.parametrize(("dtype", "copies"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_weights_are_read_to_where_they_stay(tiny_sd1, dtype, copies):
+    """What is cast is copied once; what is stored in the dtype that is wanted is not copied at all: a model of 3.4 GB would be written twice."""
+    class Counted(TorchDispatchMode):
+        copied = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.copied += func.overloadpacket in (torch.ops.aten.copy_, torch.ops.aten._to_copy, torch.ops.aten.clone)
+            return func(*args, **(kwargs or {}))
+
+    models = outline_of(tiny_sd1, dtype)
+    with Counted() as mode:
+        models.read("unet", CPU)
+    assert mode.copied == (len(list(models.unet.parameters())) if copies else 0)
 
 
 def pickled(folder) -> None:
@@ -161,9 +178,9 @@ def test_faults_of_the_weights_are_found_with_the_outline(tiny_sd1, tmp_path, fa
 def test_of_a_file_one_tensor_at_a_time_is_held_beside_the_model(tiny_sd1, monkeypatch):
     real, held, most = WeightFile.tensor, [], [0]
 
-    def tensor(file, name):
-        most[0] = max(most[0], sum(ref() is not None for ref in held))
-        made = real(file, name)
+    def tensor(file, name, scratch=None):
+        most[0] = max(most[0], len({storage.data_ptr() for ref in held if (storage := ref()) is not None}))
+        made = real(file, name, scratch)
         held.append(weakref.ref(made.untyped_storage()))
         return made
 

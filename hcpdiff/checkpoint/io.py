@@ -89,19 +89,46 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, header.metadata
 
 
-def read_tensor(path: Path, header: Header, name: str) -> Tensor:
-    """One tensor of a file whose header was read before (on the CPU, owned by the caller). CheckpointError where it is not that file any more."""
+class Scratch:
+    """Memory for tensors that are only looked at or copied, one after the other: new memory for each would be handed out, and filled with zeros, page by page."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, size: int) -> Tensor:
+        """(size,) uint8, whose content is anything; valid until the next call."""
+        if size > len(self._bytes):
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # let go before
+            self._bytes = torch.empty(size, dtype=torch.uint8)
+        return self._bytes[:size]
+
+
+def read_tensor(path: Path, header: Header, name: str, scratch: Scratch | None = None) -> Tensor:
+    """One tensor of a file whose header was read before (on the CPU, owned by the caller, or lying in `scratch`). CheckpointError where it is not that file any more."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             check_same(path, header.stamp, stamp_of(os.fstat(file.fileno())))
             file.seek(header.payload + header.entries[name].begin)
-            return _tensor(file, header.entries[name])
+            return _tensor(file, header.entries[name], scratch)
     except OSError as error:
         raise unreadable(path, error) from error
 
 
-def _tensor(file: BinaryIO, entry: Entry) -> Tensor:
-    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])  # read into at once: other memory would be filled with zeros first
-    if tensor.numel() and file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) != entry.end - entry.begin:
+def _tensor(file: BinaryIO, entry: Entry, scratch: Scratch | None = None) -> Tensor:
+    if scratch is None:
+        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])  # read into at once: other memory would be filled with zeros first
+    else:
+        tensor = scratch.take(entry.end - entry.begin).view(DTYPES[entry.dtype]).reshape(entry.shape)
+    if tensor.numel() and not _fill(file, tensor.reshape(-1).view(torch.uint8).numpy().data):
         raise CheckpointError(f"{file.name} became shorter while it was read.")
     return tensor
+
+
+def _fill(file: BinaryIO, place: memoryview) -> bool:
+    """Whether the file had as much; one call gives 2 GiB at most where it is not buffered."""
+    while place:
+        got = file.readinto(place)
+        if not got:
+            return False
+        place = place[got:]
+    return True

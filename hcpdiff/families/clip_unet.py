@@ -178,6 +178,14 @@ class ClipUnet:
         return [module for module in models.modules[component].modules() if type(module).__name__ in self.blocks]
 
 
+def import_kinds() -> None:
+    """Imports the classes of a model's parts, which both libraries put off until one is asked for."""
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    del AutoencoderKL, DDPMScheduler, UNet2DConditionModel, CLIPTextModel, CLIPTokenizer
+
+
 def tokenizer_of(text_encoder: str) -> str:
     """text_encoder_2 -> tokenizer_2."""
     return text_encoder.replace("text_encoder", "tokenizer")

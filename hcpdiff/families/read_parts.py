@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.io import Scratch
 from ..errors import ConfigError
 from .ldm_names import Source, sources
 from .weight_file import WeightFile
@@ -115,13 +116,22 @@ def _by(shape: tuple[int, ...]) -> str:
 def _read(found: Mapping[str, Source], wanted: Mapping[str, tuple[int, ...]], weights: WeightFile, names: Mapping[str, str], dtype: torch.dtype,
           device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """(parameter, its value in memory of torch's own, which is aligned: sums depend on that in their last bits), one after the other."""
-    last: tuple[str, Tensor] | None = None  # q, k and v come from one tensor, one after the other
+    parts: dict[str, list[tuple[str, Source]]] = {}  # q, k and v come from one tensor
     for name, source in sorted(found.items(), key=lambda item: (item[1].name, item[0])):
-        if last is None or last[0] != source.name:
-            last = source.name, weights.tensor(names[source.name])
-        tensor = last[1]
-        if source.third is not None:
-            rows = len(tensor) // 3
-            tensor = tensor[source.third * rows : (source.third + 1) * rows]
-        tensor = (tensor.T if source.turned else tensor).reshape(wanted[name])
-        yield name, torch.empty(wanted[name], dtype=dtype, device=device).copy_(tensor)
+        parts.setdefault(source.name, []).append((name, source))
+    scratch = Scratch()
+    for place, takers in parts.items():
+        name, source = takers[0]
+        if device == CPU and len(takers) == 1 and source.third is None and not source.turned:
+            tensor = weights.whole(names[place], dtype)  # read to where it stays
+            if tensor is not None:
+                yield name, tensor.reshape(wanted[name])
+                continue
+        whole = weights.tensor(names[place], scratch)
+        for name, source in takers:
+            tensor = whole
+            if source.third is not None:
+                rows = len(tensor) // 3
+                tensor = tensor[source.third * rows : (source.third + 1) * rows]
+            tensor = (tensor.T if source.turned else tensor).reshape(wanted[name])
+            yield name, torch.empty(wanted[name], dtype=dtype, device=device).copy_(tensor)
