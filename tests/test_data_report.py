@@ -83,6 +83,17 @@ def test_names_that_look_like_markup_are_shown_as_they_are(tmp_path):
     assert "[red]x[/red].png: '[bold]trig'" in shown(data)
 
 
-def test_largest_batch_and_first_size_for_probe_and_preview(root):
-    data = build(dataset(source(root), batch_size=3, bucket={"sizes": [[64, 64], [128, 64]]}))
-    assert data.largest_batch() == (3, 64, 64) and data.first_size() == (64, 64)
+def test_largest_batch_for_the_probe(root):
+    assert build(dataset(source(root), batch_size=3, bucket={"sizes": [[64, 64], [128, 64]]})).largest_batch() == (3, 64, 64)
+
+
+@pytest.mark.parametrize("images, expected", [
+    ({(128, 64): 1, (64, 128): 2}, (64, 128)), ({(64, 64): 1, (128, 64): 3, (64, 128): 2}, (128, 64)), ({(64, 128): 2, (96, 64): 2, (128, 64): 2}, (96, 64)),
+    ({(64, 64): 1, (128, 128): 1}, (128, 128)), ({(64, 128): 1}, (64, 128)), ({(64, 96): 2, (128, 192): 2}, (128, 192)), ({(64, 128): 1, (128, 64): 1}, (128, 64))])
+def test_the_main_size_is_that_of_most_images_then_the_squarest_then_the_largest(tmp_path, images, expected):
+    files = {f"{width}x{height}-{n}.png": (width, height) for (width, height), count in images.items() for n in range(count)}
+    more = folder_of(tmp_path / "more", {f"{n}.png": (64, 64) for n in range(9)})
+    for sizes in (sorted(images), sorted(images, reverse=True), [[32, 32], *sorted(images)]):  # an empty bucket before them too
+        first = dataset(source(folder_of(tmp_path / f"imgs{sizes[0]}", files)), bucket={"sizes": [list(size) for size in sizes]})
+        assert build(first).main_size() == expected
+        assert build(first, dataset(source(more), bucket={"sizes": [[64, 64]]})).main_size() == expected  # the first dataset's, whose epochs are the run's

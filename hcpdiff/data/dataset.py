@@ -1,6 +1,7 @@
 """All training data of a run: indexed, checked, bucketed, planned; then cached and served as batches."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -138,9 +139,14 @@ class TrainData:
         """Whether no dataset needs the VAE once caching is done."""
         return all(data.cache != "none" for data in self.datasets)
 
-    def first_size(self) -> tuple[int, int]:
-        """(width, height) of the first dataset's first bucket."""
-        return self.datasets[0].bucket_sizes[0]
+    def main_size(self) -> tuple[int, int]:
+        """(width, height) of the first dataset's bucket with the most images; of several the one nearest to square, then the largest, then the widest."""
+        def rank(bucket: tuple[tuple[int, int], np.ndarray]) -> tuple:
+            (width, height), images = bucket
+            return len(images), Fraction(min(width, height), max(width, height)), width * height, width
+
+        first = self.datasets[0]
+        return max(Buckets(first.bucket_sizes, first.assigned).members(), key=rank)[0]
 
     def largest_batch(self) -> tuple[int, int, int]:
         """(samples, width, height) of the batch with most pixels, for a probe step."""

@@ -70,7 +70,7 @@ def _data(cfg: RunConfig, data: TrainData, world: int) -> dict[str, str]:
 
 def _spec(cfg: RunConfig, base: BaseModel, data: TrainData, started: float) -> dict[str, str]:
     """The model spec's own entries, and what webui shows of the base model."""
-    width, height = data.first_size()
+    width, height = data.main_size()
     trigger = summary.trigger_phrase(data.datasets) if cfg.train.export.tag_frequency else ""
     top = cfg.train.max_timestep or len(base.family.alphas_cumprod(base.models))
     facts = {"modelspec.date": datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds"), "modelspec.resolution": f"{width}x{height}",

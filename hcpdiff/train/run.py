@@ -283,7 +283,7 @@ class Run:
         log = LogHook(self.log, self.cfg.train.log_step, self.data.steps_per_epoch, compiles)
         saving, previews = [self._save_hook(log)] if self.parallel.main else [], []
         if self.cfg.preview.prompts:
-            drawing = Drawing(self.models, self.cfg, self.data.first_size(), self.preview_prompts, self.parallel, self.stop)
+            drawing = Drawing(self.models, self.cfg, self.data.main_size(), self.preview_prompts, self.parallel, self.stop)
             previews.append(PreviewHook(drawing, self.folder, self.cfg.preview.every, self.log, self.parallel))
         covered = self.cfg.train.export.webui and self.cfg.train.export.cover  # what is saved first cannot be lost while pictures are drawn; a cover has to be there before
         return [*([log] if self.parallel.main else []), *(previews + saving if covered else saving + previews)]
