@@ -14,19 +14,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
+from hcpdiff import device as machine
 from hcpdiff import train_ac
 from hcpdiff.config.load import load
 from hcpdiff.config.schema import RunConfig
 from hcpdiff.errors import ConfigError, Interrupted
 from hcpdiff.families.sd import StableDiffusion
-from hcpdiff.train import launcher
+from hcpdiff.train import compiled, launcher
 from hcpdiff.train.lock import is_held
 from hcpdiff.train.parallel import Parallel
 from hcpdiff.train.place import RunPlace
 from hcpdiff.train.run import Run
 from hcpdiff.train.signals import StopRequest
+from hcpdiff.train.trainer import Trainer
 from hcpdiff.vis import pipeline
 
 CONFIG = """
@@ -170,6 +173,40 @@ def test_a_signal_in_the_first_step_ends_the_run_in_its_midst_and_says_that_noth
     with pytest.raises(Interrupted, match="stopped by SIGTERM while training. Nothing was saved yet: first may be removed.") as caught:
         in_this_process(place, monkeypatch, "exp_dir=first")
     assert caught.value.exit_code == 143 and not list((place / "first" / "ckpts").iterdir())
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_signal_while_the_first_step_compiles_says_so(place, monkeypatch, quick):
+    """Also where the thread that reads signals comes late (`quick`)."""
+    def backend(graph, inputs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return graph.forward
+
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    monkeypatch.setattr(machine, "check_compiler", lambda device, key: None)
+    if quick:
+        monkeypatch.setattr(StopRequest, "_arrived", lambda *_: None)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM while compiling. Nothing was saved yet"):
+        in_this_process(place, monkeypatch, f"exp_dir=compiling{quick}", "model.compile=true")
+
+
+def test_a_signal_in_a_step_after_its_blocks_are_compiled_is_one_while_training(place, monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    monkeypatch.setattr(machine, "check_compiler", lambda device, key: None)
+    monkeypatch.setattr(Trainer, "backward", lambda *args, backward=Trainer.backward: backward(*args) or os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match="stopped by SIGTERM while training. Nothing was saved yet"):
+        in_this_process(place, monkeypatch, "exp_dir=compiled", "model.compile=true")
+
+
+def test_a_signal_while_the_largest_batch_is_tried_says_so(place, monkeypatch):
+    def as_a_gpu(run, place_models=Run._place_models):
+        place_models(run)
+        run.device = torch.device("cuda")  # from here on only `Run` itself looks at it
+
+    monkeypatch.setattr(Run, "_place_models", as_a_gpu)
+    monkeypatch.setattr(StableDiffusion, "denoise", then_a_signal(StableDiffusion.denoise))
+    with pytest.raises(Interrupted, match="stopped by SIGTERM while trying the largest batch. No run folder was made"):
+        in_this_process(place, monkeypatch, "exp_dir=tried", "lora_text_encoder=[{lr: 1.0, rank: 2, layers: ['re:.*q_proj$']}]")  # so that prompts are encoded in the pass
 
 
 @pytest.mark.parametrize("main, said", [(True, "Nothing was saved yet: run may be removed."), (False, "Nothing was saved yet in run.")])

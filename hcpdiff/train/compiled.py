@@ -5,6 +5,7 @@ between them stays as it is, gradient checkpointing included, whose borders are 
 modes would all have to be compiled for a few steps each.
 """
 
+import math
 import threading
 import time
 from collections import Counter
@@ -63,22 +64,22 @@ def eagerly(compiled: bool) -> Iterator[None]:
 
 
 @contextmanager
-def heartbeat(say: Callable[[str], None], every: float = 0.0) -> Iterator[None]:
+def heartbeat(say: Callable[[str], None], every: float = 0.0) -> Iterator["Heartbeat"]:
     """Inside, whatever is compiled for long is told every so many seconds, whenever that is: a step whose size needs kernels of its own compiles them in its turn."""
     from torch._dynamo.callback import callback_handler
 
-    beat = _Heartbeat(say, every or EVERY)
+    beat = Heartbeat(say, every or EVERY)
     callback_handler.register_start_callback(beat.begin)
     callback_handler.register_end_callback(beat.end)
     try:
-        yield
+        yield beat
     finally:
         callback_handler.remove_start_callback(beat.begin)
         callback_handler.remove_end_callback(beat.end)
         beat.stop()
 
 
-class _Heartbeat:
+class Heartbeat:
     """A thread that is there while blocks are compiled one after another, and gone when none has been for as long as it takes to the next line."""
 
     def __init__(self, say: Callable[[str], None], every: float):
@@ -87,10 +88,12 @@ class _Heartbeat:
         self.thread: threading.Thread | None = None
         self.began, self.ended = 0.0, 0.0
         self.compiling = False
+        self.times: list[list[float]] = []  # when each compilation began and ended
 
     def begin(self, told: object) -> None:
         with self.turn:
             self.compiling = True
+            self.times.append([time.monotonic(), math.inf])
             if self.thread is None:
                 self.began = time.monotonic()
                 self.thread = threading.Thread(target=self._run, name=HEARTBEAT, daemon=True)
@@ -99,6 +102,11 @@ class _Heartbeat:
     def end(self, told: object) -> None:
         with self.turn:
             self.compiling, self.ended = False, time.monotonic()
+            self.times[-1][1] = self.ended
+
+    def compiled_at(self, moment: float) -> bool:
+        """Whether anything was being compiled then (time.monotonic())."""
+        return any(began <= moment <= ended for began, ended in self.times)
 
     def stop(self) -> None:
         """Returns when there is no thread any more."""

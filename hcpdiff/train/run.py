@@ -53,7 +53,7 @@ class Run:
         self.device, self.started = parallel.device, time.monotonic()
         self.dtype = machine.compute_dtype(self.cfg.mixed_precision, self.device)
         self.accumulation = self.cfg.train.gradient_accumulation_steps
-        self.phase, self.base = "loading the model", None
+        self.phase, self.base, self.beat = "loading the model", None, None
         self.log = LoggerGroup([])
 
     @property
@@ -72,7 +72,7 @@ class Run:
             self._report(trainer.state.step)
             self._cache(trainer)
             self._place_models()
-            with heartbeat(self.log.say) if self.compiled else nullcontext():
+            with heartbeat(self.log.say) if self.compiled else nullcontext() as self.beat:
                 self._first_pass(trainer)
                 self._make_folder(trainer.state.step)
                 trainer.hooks += self._hooks()
@@ -91,12 +91,16 @@ class Run:
             last = error.faults[-1]
             raise FeedError([*error.faults[:-1], f"{last}{'' if last.endswith('.') else '.'} {self.place.how_to_go_on(mended=True)}"]) from error
         except Interrupted as error:
-            error.args = (f"{error.args[0]} while {self.phase}. {self.place.how_to_go_on()}",)
+            error.args = (f"{error.args[0]} while {self._when_it_was_stopped()}. {self.place.how_to_go_on()}",)
             raise
         finally:
             self.log.close()
             self.place.release()
         return 0 if finished else self._signal_code()
+
+    def _when_it_was_stopped(self) -> str:
+        """The phase in which the last signal came; a part of the model that is compiled in its midst is one of its own."""
+        return "compiling" if self.beat and self.beat.compiled_at(self.stop.came) else self.phase
 
     def _answer(self, trainer: Trainer, number: int) -> None:
         """Says at once what becomes of a signal, from a thread: its step may take minutes. A device that works ahead of the host gets one step further, and so does
@@ -267,6 +271,7 @@ class Run:
             first = "step" if self.device.type == "cpu" else "pass"
             self.log.say(f"compiling: the first {first} may take minutes{others}")
         if self.device.type != "cpu":
+            self.phase = "trying the largest batch"
             self.log.say(probe(trainer, self.data.largest_batch(), self.base.geometry) + (", compiling included" if self.compiled else ""))
 
     # -- the folder and what is made in it --------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ WISHES = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP",
 
 
 class StopRequest:
-    """Used as a context manager around a run; `signal` is the number of the signal that came, or 0.
+    """Used as a context manager around a run; `signal` is the number of the signal that came, or 0, and `came` the time.monotonic() at which the last one did.
 
     Outside of `patiently` the first signal raises Interrupted, and inside it is noted. A later one raises Interrupted anywhere; a process that is still there
     after `UNWIND` seconds is ended. `looks` are functions that the thread calls once a second; `told`, if there is one, is called with the number of a signal that is
@@ -32,7 +32,7 @@ class StopRequest:
     """
 
     def __init__(self):
-        self.signal, self.looks = 0, []
+        self.signal, self.came, self.looks = 0, 0.0, []
         self.told: Callable[[int], object] | None = None
         self._first = self._forced = self._patient = self._leaving = self._done = False
         self._before, self._deadline, self._thread = {}, None, None
@@ -94,7 +94,7 @@ class StopRequest:
 
     def _came(self, number: int, frame) -> None:
         """Python's handler, in the main thread, some time after the signal."""
-        first, self.signal = not self.signal, self.signal or number
+        first, self.signal, self.came = not self.signal, self.signal or number, self._first or time.monotonic()
         if self._forced or (first and not self._patient and not self._leaving):
             self._forced = False
             raise Interrupted(self.signal, at_once=not first)
