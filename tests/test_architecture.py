@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "hcpdiff"
 # Lower floors first; packages on one floor do not import each other, unless a pair is listed as allowed.
 FLOORS = [
-    {"errors", "randomness", "quiet", "importing", "assets", "threads"},
+    {"errors", "randomness", "quiet", "importing", "assets", "threads", "model_names"},
     {"lora_tensors"},
     {"cli", "config", "adapters", "diffusion", "data", "device", "checkpoint.io", "checkpoint.format", "checkpoint.safetensors_header", "loss", "quantized"},
     {"families", "trainables", "checkpoint", "loggers"},

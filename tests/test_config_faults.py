@@ -110,6 +110,35 @@ def test_model_names_that_can_only_be_folders_must_exist(tmp_path, name, ok):
     assert (faults(tmp_path, f"model.pretrained_model_name_or_path={name}") == []) is ok
 
 
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    for folder in ("model", "vae", "images", "masks"):
+        (tmp_path / "home" / folder).mkdir(parents=True)
+    for file in ("lora.safetensors", "words.txt", "captions.json"):
+        (tmp_path / "home" / file).write_text("{caption}", encoding="utf-8")
+    source = "data.dataset1.source.source1"
+    given = {"model.pretrained_model_name_or_path": "model", "model.vae": "vae", "model.config": "model", "model.init_lora": "lora.safetensors", f"{source}.img_root": "images",
+             f"{source}.att_mask": "masks", f"{source}.caption_file": "captions.json", f"{source}.prompt_template": "words.txt", "data.dataset1.cache_dir": "cache", "exp_dir": "runs/one"}
+    loaded = small(tmp_path, *(f"{key}=~/{name}" for key, name in given.items()))
+    for key, name in given.items():
+        value = loaded.plain
+        for part in key.split("."):
+            value = value[part]
+        assert value == str(tmp_path / "home" / name), key
+    assert load(write(tmp_path, loaded.yaml, "again.yaml")).plain == loaded.plain
+    assert faults(tmp_path, "model.pretrained_model_name_or_path=~/modle")[0].endswith(f"Nearest: {tmp_path / 'home' / 'model'}")
+    assert len(faults(tmp_path, "model.pretrained_model_name_or_path=~nobody-of-this-name/model")) == 1
+
+
+def test_the_cfg_yaml_of_a_run_in_the_home_folder_starts_a_run_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    path = write(tmp_path / "runs" / "one", small(tmp_path, "exp_dir=~/runs/one").yaml, "cfg.yaml")
+    assert load(f"runs/one/{path}").config.exp_dir.startswith("exps/")
+
+
 def test_captions_templates_and_weights_must_be_there(tmp_path):
     source = "data.dataset1.source.source1"
     for key, name in (("caption_file", "pictures/captions.json"), ("prompt_template", "tmpl.txt"), ("att_mask", "masks")):

@@ -1,5 +1,6 @@
 """What is put right in a merged tree before its values are read: spellings, keys that exclude each other or turn a map on, default objects, a run's own folder."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def fresh_folder(tree: Map, path: Path, schema: type, notices: list[str]) -> Non
     if "exp_dir" not in fields(schema) or path.name != "cfg.yaml" or not isinstance(tree.get("exp_dir"), Text) or not _null(tree, "train.resume"):
         return
     folder = str(tree["exp_dir"])
-    if tree["exp_dir"].origin.file == path and not has_expression(folder) and "\0" not in folder and Path(folder).resolve() == path.parent.resolve():
+    if tree["exp_dir"].origin.file == path and not has_expression(folder) and "\0" not in folder and Path(os.path.expanduser(folder)).resolve() == path.parent.resolve():
         tree["exp_dir"] = at(Text(default_of(fields(schema)["exp_dir"])), Origin())
         notices.append(f"exp_dir: this is the config of the run in {folder}; the new run gets a folder of its own")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..model_names import is_hub_form, looks_local
 from . import legacy, read
 from .tree import dotted
 from .walk import Leaf, shown_value
@@ -98,10 +99,10 @@ def _existence(leaf: Leaf, carried: dict[tuple, Path]) -> str:
     if not text:
         return "is empty: name one" + (" or write null" if leaf.shape.nullable else "")
     if kind == "model":
-        folder, local = os.path.dirname(text), looks_local(text) or text.startswith("'")
-        if os.path.exists(text) or not (local or os.path.isdir(folder)):
+        if os.path.exists(text) or not looks_local(text) and not text.startswith("'"):
             return ""
-        return "is no folder or file here, and not " + ("the form of a hub id (name/name)" if local else f"looked for on the hub, since there is a folder {folder}/ here") + _nearest(text)
+        here = is_hub_form(text) and not text.startswith("'")
+        return "is no folder or file here, and not " + (f"looked for on the hub, since there is a folder {os.path.dirname(text)}/ here" if here else "the form of a hub id (name/name)") + _nearest(text)
     if kind == "carried":
         return _carried(leaf, carried)
     if kind == "file" and os.path.isdir(text):
@@ -117,13 +118,6 @@ def _carried(leaf: Leaf, carried: dict[tuple, Path]) -> str:
         carried[leaf.path] = found
         return ""
     return "is not there. Looked in " + ", ".join(dict.fromkeys(str(place.parent) for place in read.places(leaf.value, leaf.origin.file)))
-
-
-def looks_local(text: str) -> bool:
-    """Whether a model's name can only be a folder or a file: hub ids are 'name/name'."""
-    if text.lower().endswith((".safetensors", ".ckpt")):
-        return True
-    return text.startswith((".", "/", "~")) or "\\" in text or text.count("/") != 1 or text.endswith("/") or bool(re.match(r"[A-Za-z]:", text))
 
 
 def _nearest(text: str) -> str:

@@ -65,6 +65,7 @@ def read(path: Path, layer: int) -> Map:
 def places(name: str, named_by: Path | None) -> list[Path]:
     """Where a named file may be: the working directory, beside the file that names it, among the installed `cfgs/`."""
     carried = [PACKAGE, PACKAGE.parent] if (PACKAGE / "cfgs").is_dir() else [PACKAGE.parent]  # the wheel, else a checkout
+    name = os.path.expanduser(name)
     beside = [named_by.parent / name] if named_by else []
     return [Path(name), *beside, carried[0] / name, carried[0] / "cfgs" / name]
 

@@ -3,6 +3,7 @@
 import difflib
 import math
 import operator
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -150,6 +151,8 @@ class Walk:
         outside = _outside(made, shape.key)
         if outside:
             return self.fault(path, node, outside)
+        if isinstance(made, str) and (shape.key.path or shape.key.exists):
+            made = os.path.expanduser(made)
         self.leaves.append(Leaf(path, shape, made, origin_of(node)))
         return made
 

@@ -34,7 +34,7 @@ def quick_faults(source: str, key: str = MODEL_KEY, without: Collection[str] = (
 
     without: parts that are replaced, and so need not be there. configs, prediction: as for `open_place`.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
     try:
         if path.is_dir() or path.is_file() and path.suffix.lower() == ".safetensors":  # a .ckpt shows nothing without torch
             place = open_place(path, configs, prediction, key)

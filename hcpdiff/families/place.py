@@ -176,7 +176,7 @@ def checked_configs(configs: str | None, key: str) -> Path | None:
     """The folder of configs, there and of a diffusers model."""
     if configs is None:
         return None
-    folder = Path(configs).expanduser()
+    folder = Path(configs)
     if not (folder / "unet" / "config.json").is_file() or not (folder / "scheduler" / "scheduler_config.json").is_file():
         raise ConfigError(f"{key} = {configs!r} must be a folder of a diffusers model's configs: unet/config.json, scheduler/scheduler_config.json and the like. Weights in it are not read.")
     return folder
@@ -184,7 +184,7 @@ def checked_configs(configs: str | None, key: str) -> Path | None:
 
 def check_vae(source: str, base: Place, key: str) -> None:
     """ConfigError where there is no VAE to put in the place of the base model's."""
-    if Path(source).expanduser().is_file():
+    if Path(source).is_file():
         vae_file.open_vae(source, base, key)
     else:
         find_part(source, "vae", key)
@@ -192,7 +192,7 @@ def check_vae(source: str, base: Place, key: str) -> None:
 
 def load_vae(kind: type, source: str, base: Place, dtype: Dtype, key: str) -> nn.Module:
     """Another VAE than the base model's, from a folder, a hub id or a single file (which may be a whole model's)."""
-    if Path(source).expanduser().is_file():
+    if Path(source).is_file():
         return vae_file.load(kind, source, base, dtype, key)
     place, options = find_part(source, "vae", key)
     return load_whole(kind, place, key, options | options_for(kind, dtype))

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..model_names import SINGLE, looks_local
 
 # Withdrawn from the hub in 2024; the same weights live on under the second name.
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 MODEL_KEY = "model.pretrained_model_name_or_path"  # the trainer's; the visualizer names its own
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")  # of all families
-SINGLE = (".safetensors", ".ckpt")  # of single-file models
 ALIGNMENT = 64  # bytes; torch gives its own tensors this much
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # what the hub's client looks at
 INDEX = "*.index*.json"  # a variant stands in between: .index.fp16.json
@@ -22,14 +22,14 @@ WEIGHTS = ("*.safetensors", f"*.safetensors{INDEX[1:]}", "*.bin", f"*.bin{INDEX[
 
 def resolve(source: str, revision: str | None = None, variant: str | None = None, key: str = MODEL_KEY) -> tuple[Path, list[str]]:
     """The local folder (or single file) of a base model, and notices for the log. Downloads a hub id once, into the hub's own cache."""
-    folder = Path(source).expanduser()
+    folder = Path(source)
     if folder.is_dir():
         return folder, _unused("folder", key, revision=revision)
     if folder.is_file():
         if folder.suffix.lower() not in SINGLE:
             raise ConfigError(f"{key} = {source!r} is a file, but not one of {' or '.join(SINGLE)}. It takes such a file, a diffusers folder or a hub id (name/name).")
         return folder, _unused("single file", key, revision=revision, variant=variant)
-    if _looks_local(source):
+    if looks_local(source):
         raise ConfigError(f"{key} = {source!r}: there is no such folder or file.{_near(folder)} It takes a diffusers folder, a .safetensors file or a hub id (name/name).")
     return _from_hub(source, revision, variant, key)
 
@@ -38,12 +38,6 @@ def _unused(what: str, key: str, **values: str | None) -> list[str]:
     """Notices of settings that mean nothing for a model of this kind."""
     stem = key.rpartition(".")[0] + "." if "." in key else ""
     return [f"{stem}{name} = {value!r} has no effect: {key} is a {what}." for name, value in values.items() if value is not None]
-
-
-def _looks_local(source: str) -> bool:
-    if source.lower().endswith(SINGLE):
-        return True
-    return source.startswith((".", "/", "~")) or "\\" in source or source.count("/") != 1 or source.endswith("/") or Path(source).parent.is_dir()
 
 
 def _near(folder: Path) -> str:
@@ -82,7 +76,7 @@ def offline_faults(source: str, key: str = MODEL_KEY, revision: str | None = Non
 
     files: of which one is there where any of the model is.
     """
-    if not any(os.environ.get(name) for name in OFFLINE) or Path(source).expanduser().exists() or _looks_local(source):
+    if not any(os.environ.get(name) for name in OFFLINE) or Path(source).exists() or looks_local(source):
         return []
     from huggingface_hub import constants  # this module alone takes no time to import
 
@@ -108,14 +102,14 @@ def find_part(source: str, part: str, key: str) -> tuple[Path | str, dict]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    folder = Path(source).expanduser()
+    folder = Path(source)
     if folder.is_dir():
         place = folder / part if (folder / part).is_dir() else folder
         faults = _missing(place.parent, place.name)
         if faults:
             raise ConfigError([f"{key} = {source!r} is no {part} in diffusers format:"] + faults)
         return place, {}
-    if folder.is_file() or _looks_local(source):
+    if folder.is_file() or looks_local(source):
         what = "is a file; a folder" if folder.is_file() else f"is no folder or file here (working directory: {Path.cwd()}).{_near(folder)} A folder"
         raise ConfigError(f"{key} = {source!r} {what} in diffusers format or a hub id (name/name) is needed.")
     try:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def open_vae(source: str, base: Place, key: str) -> tuple[WeightFile, dict[str, str], str, dict[str, Any]]:
     """(file, name in the VAE -> name in the file, style, config). A file cannot say how its latents are scaled: that is as the base model's own VAE has it."""
-    path = Path(source).expanduser()
+    path = Path(source)
     weights = open_weights(path)
     layout = file_kind.vae_layout(weights.shapes)
     if layout is None:

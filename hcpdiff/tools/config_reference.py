@@ -40,7 +40,7 @@ INTRO = {"en": """A config is one YAML file. Every key that is not written has t
 - **Expressions.** `${unet_lr}` is another key's value, read when it is needed, so that `unet_lr=0.0002` on the command line reaches `lr: ${unet_lr}`; `${.rank}` is a key
   beside this one. `${hcp.eval:"512*768"}` is arithmetic (numbers, `+ - * / // % **`, parentheses, `min max round int float sqrt`), `${times:512,768}` a product,
   `${hcp.time:}` the start of the run (`${hcp.time:%Y-%m-%d}` by strftime). `$<hcp.eval:512*768>` means the same and survives a shell's double quotes. `\\${` is a literal `${`.
-- **Words and numbers.** `2e-5` is a number; only `true` and `false` are booleans; `no`, `on`, `12:30`, `007` stay words. Paths in double quotes need `/`: `"C:\\train"` holds a tab.
+- **Words and numbers.** `2e-5` is a number; only `true` and `false` are booleans; `no`, `on`, `12:30`, `007` stay words. Paths in double quotes need `/`: `"C:\\train"` holds a tab. A leading `~` in a path is the home folder.
 - **Keys of your own** on the top level (such as `unet_lr`) are fine as long as an expression reads them.
 - **`_target_`** names a class to build; the other keys are its arguments. Each place takes one kind of class, from these packages: {packages}. `--allow-target PREFIX` on the
   command line adds one. `trust_remote_code` and `custom_pipeline` are refused.
@@ -53,7 +53,7 @@ INTRO = {"en": """A config is one YAML file. Every key that is not written has t
 - **表达式**：`${unet_lr}` 是另一项的值，用到时才读取，因此命令行的 `unet_lr=0.0002` 会传到 `lr: ${unet_lr}`；`${.rank}` 是同级的配置项。`${hcp.eval:"512*768"}` 是算术
   （数字、`+ - * / // % **`、括号、`min max round int float sqrt`），`${times:512,768}` 是乘积，`${hcp.time:}` 是训练开始的时间（`${hcp.time:%Y-%m-%d}` 为 strftime 格式）。
   `$<hcp.eval:512*768>` 含义相同，在 shell 的双引号里也不会被改动。`\\${` 表示字面的 `${`。
-- **词与数字**：`2e-5` 是数字；只有 `true`、`false` 是布尔值；`no`、`on`、`12:30`、`007` 都是文本。双引号中的路径请用 `/`：`"C:\\train"` 里有一个制表符。
+- **词与数字**：`2e-5` 是数字；只有 `true`、`false` 是布尔值；`no`、`on`、`12:30`、`007` 都是文本。双引号中的路径请用 `/`：`"C:\\train"` 里有一个制表符。路径开头的 `~` 是用户的主目录。
 - **自定义的顶层项**（如 `unet_lr`）只要有表达式读取它就可以。
 - **`_target_`** 指定要创建的类，其余各项是它的参数。每个位置只接受一种类，且来自这些包：{packages}。命令行的 `--allow-target 前缀` 可以增加。`trust_remote_code` 与 `custom_pipeline` 不被接受。
 - `train.train_epochs` 与 `train.train_steps` 是同一件事的两种写法：后设置的（命令行 > 文件 > base）生效。

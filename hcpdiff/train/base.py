@@ -60,7 +60,7 @@ class BaseModel:
     def _name(self) -> str:
         """What files call it: no local path."""
         source = self.config.pretrained_model_name_or_path
-        return self.place.path.resolve().name if Path(source).expanduser().exists() else source
+        return self.place.path.resolve().name if Path(source).exists() else source
 
     def _set_scheduler(self, allow: Sequence[str]) -> None:
         if self.config.noise_scheduler:

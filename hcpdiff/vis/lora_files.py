@@ -124,7 +124,7 @@ class Finder:
         texts = [found for name in as_list(asked) if (found := self.file(key, name, "text_encoder"))]
         if len(as_list(asked)) > 2:
             self.faults.append(f"{key} names {len(asked)} files; a model has at most two text encoders.")
-        elif len(texts) == 1 and Path(asked if isinstance(asked, str) else asked[0]).expanduser().is_dir():
+        elif len(texts) == 1 and Path(asked if isinstance(asked, str) else asked[0]).is_dir():
             texts += beside(texts[0])  # a run folder stands for all of its step
         elif len(texts) == 1:
             self.notices += [f"{key}: {other} lies beside {texts[0].name} and is not used; a list of both uses both." for other in beside(texts[0])]
@@ -132,7 +132,7 @@ class Finder:
 
     def file(self, key: str, value: str, stem: str = "unet") -> Path | None:
         """The file that `value` names; of a run folder's newest step, or of a folder that diffusers or PEFT wrote, the one for `stem`."""
-        path = Path(value).expanduser()
+        path = Path(value)
         if path.is_file():
             if path.suffix.lower() in READABLE:
                 return path
@@ -161,7 +161,7 @@ class Finder:
         if lora_dir is None:
             self.faults.append(f"the prompt's <lora:{tag.name}> needs lora_dir, the folder where {tag.name}{SUFFIX} is.")
             return None
-        found = [p for p in sorted(Path(lora_dir).expanduser().rglob(f"*{SUFFIX}")) if p.stem == tag.name]
+        found = [p for p in sorted(Path(lora_dir).rglob(f"*{SUFFIX}")) if p.stem == tag.name]
         if len(found) != 1:
             what = f"is there several times: {', '.join(map(str, found))}" if found else f"is not in lora_dir = {lora_dir!r}. {listing(Path(lora_dir))}"
             self.faults.append(f"the prompt's <lora:{tag.name}>: {tag.name}{SUFFIX} {what}")

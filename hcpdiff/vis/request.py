@@ -51,7 +51,7 @@ def read(cfg: InferConfig) -> Request:
     loras = finder.all(cfg, common_tags(prompts, negatives, faults))
     seeds = picture_seeds(cfg, faults, notices)
     emb_dir = embedding_folder(cfg, faults)
-    faults += finder.faults + check_folder(Path(cfg.out_dir).expanduser())
+    faults += finder.faults + check_folder(Path(cfg.out_dir))
     if faults:
         raise ConfigError(faults)
     cfg = dataclasses.replace(cfg, infer_args=settled(cfg.infer_args))
@@ -59,7 +59,7 @@ def read(cfg: InferConfig) -> Request:
         neg_texts, negatives = neg_texts * len(texts), negatives * len(texts)
     pictures = tuple(Picture(n * len(seeds) + i, n, seed) for n in range(len(texts)) for i, seed in enumerate(seeds))
     return Request(cfg, tuple(texts), tuple(neg_texts), tuple(prompts), tuple(negatives), pictures, tuple(loras), emb_dir,
-                   Path(cfg.out_dir).expanduser(), tuple(dict.fromkeys(notices + finder.notices)))
+                   Path(cfg.out_dir), tuple(dict.fromkeys(notices + finder.notices)))
 
 
 def prompt_texts(cfg: InferConfig, faults: list[str]) -> tuple[list[str], list[str]]:
@@ -80,7 +80,7 @@ def prompt_texts(cfg: InferConfig, faults: list[str]) -> tuple[list[str], list[s
 def file_lines(name: str, faults: list[str]) -> list[str]:
     """The lines of a prompt file that are not blank."""
     try:
-        lines = [line.strip() for line in Path(name).expanduser().read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line.strip() for line in Path(name).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         faults.append(f"prompt_file = {name!r} is not UTF-8 text (byte {error.start}): save it as UTF-8.")
         return []
@@ -141,7 +141,7 @@ def embedding_folder(cfg: InferConfig, faults: list[str]) -> Path | None:
     """emb_dir, None where there is none; only the default may be missing."""
     if cfg.emb_dir is None:
         return None
-    folder = Path(cfg.emb_dir).expanduser()
+    folder = Path(cfg.emb_dir)
     if folder.is_dir():
         return folder
     if cfg.emb_dir.rstrip("/\\") != DEFAULT_EMB_DIR:

@@ -225,8 +225,8 @@ def facts_of(models: Models, pipe, cfg: InferConfig, size: tuple[int, int], dtyp
     """What is written into every picture."""
     arguments = pipeline.defaults(type(pipe)) | cfg.infer_args
     versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
-    local = Path(cfg.pretrained_model).expanduser().exists()
-    name = Path(cfg.pretrained_model).expanduser().resolve().name if local else cfg.pretrained_model
+    local = Path(cfg.pretrained_model).exists()
+    name = Path(cfg.pretrained_model).resolve().name if local else cfg.pretrained_model
     return Facts(name, models.family.base_version(models), *size, arguments["num_inference_steps"], arguments["guidance_scale"],
                  type(pipe.scheduler).__name__, dict(pipe.scheduler.config), devices.SHORT[dtype], words, versions)
 
