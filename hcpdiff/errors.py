@@ -27,6 +27,10 @@ class DataError(HCPError):
     """A fault in images, captions, masks or caches."""
 
 
+class ImageMemoryError(DataError):
+    """An image that there was no main memory to read: nothing is known against its file."""
+
+
 class FeedError(DataError):
     """A batch that could not be made in the midst of training. Steps are whole, and what they came to is saved where that could be done."""
 

@@ -12,6 +12,7 @@ from data_help import Encoder, bomb, build, dataset, folder_of, picture, source
 from PIL import Image
 from rich.console import Console
 
+from hcpdiff.data import image as pixels
 from hcpdiff.data.source import check_sources, read_source
 from hcpdiff.errors import DataError
 
@@ -130,6 +131,37 @@ def test_all_damaged_images_are_named_at_once_and_skip_bad_images_goes_on(tmp_pa
 
     data = build(dataset(source(tmp_path, skip_bad_images=True), cache_latents="memory"))
     assert data.images == 3 and len(data.datasets[0].sources[0].skipped) == 8
+
+
+def test_captions_of_skipped_images_are_not_told_as_unused(tmp_path):
+    folder_of(tmp_path, {"1.png": (40, 30)})
+    (tmp_path / "2.png").write_bytes(b"")
+    (tmp_path / "c.json").write_text('{"1": "one", "2": "two", "3": "three"}')
+    found, faults = read(source(tmp_path, skip_bad_images=True, caption_file=str(tmp_path / "c.json")))
+    assert not faults and found.keys == ["1.png"] and found.captions.texts == ["one"]
+    assert found.notices == ["1 captions belong to no image: '3'"]
+
+
+@pytest.mark.parametrize("mode", ["none", "memory", "disk"])
+def test_an_image_for_which_there_is_no_memory_is_not_skipped_and_not_called_damaged(tmp_path, monkeypatch, mode):
+    folder_of(tmp_path / "i", 3)
+
+    def full(function):
+        def read(file, *more):
+            if Path(file if isinstance(file, str) else tmp_path / "i" / "01.png").name == "01.png":
+                raise MemoryError
+            return function(file, *more)
+        return read
+
+    config = dataset(source(tmp_path / "i", skip_bad_images=mode == "none"), cache_latents=mode, cache_dir=str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        for name in ("decode", "verify"):
+            patch.setattr(pixels, name, full(getattr(pixels, name)))
+        with pytest.raises(DataError) as caught:
+            build(config).cache_latents(Encoder(), "v")
+    message = str(caught.value)
+    assert "01.png: no main memory was left" in message and "cannot be read" not in message and "skip_bad_images" not in message
+    assert build(config).images == 3
 
 
 def test_an_image_under_another_ending_is_read_by_its_content(tmp_path):

@@ -1,6 +1,6 @@
 """Pixels of an image file: header, upright RGB, resize and crop, loss masks. Pillow and numpy only.
 
-Functions raise READ_FAULTS for a file that is damaged or not an image; callers name the file.
+Functions raise READ_FAULTS for a file that is damaged or not an image; callers name the file. MemoryError is none of them: it says nothing of the file.
 """
 
 import functools
@@ -18,7 +18,7 @@ from PIL import Image
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".gif"})
 HEIF_EXTENSIONS = frozenset({".heic", ".heif"})
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "AVIF", "GIF", "HEIF")  # by content, whatever the ending; no plugin that starts programs (EPS) is ever tried
-READ_FAULTS = (OSError, RuntimeError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError, struct.error, zlib.error,
+READ_FAULTS = (OSError, RuntimeError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error, zlib.error,
                Image.DecompressionBombError)
 PIXELS_VERSION = 3  # part of every cache key: raise it when decode, fit or fit_mask change what they return
 
@@ -26,6 +26,7 @@ _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: 
           6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}  # EXIF tag 0x0112 -> how to make it upright
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _EXIF_ORIENTATION = 0x0112
+_MOST_EXIF = 1 << 24  # bytes; a damaged length would ask for 4 GiB
 _GAP = 3.0  # a side that shrinks to a sixth or less is halved (or more) by averaging first, down to three times its target: thrice as fast, within 2 of 255
 
 # Pillow warns from 89 megapixels and refuses from 179; the refusal is the answer we pass on, the warning says nothing a user can act on.
@@ -99,14 +100,12 @@ def _late_png_exif(file: BinaryIO) -> bytes:
             head = file.read(8)
             if len(head) < 8:
                 raise OSError("image file is truncated (no end mark)")
-            length, name = int.from_bytes(head[:4], "big"), head[4:]
+            length, name, start = int.from_bytes(head[:4], "big"), head[4:], file.tell()
             if name == b"IEND":
                 break
             if name == b"eXIf":
-                found = b"Exif\x00\x00" + file.read(length)
-                file.seek(4, 1)
-            else:
-                file.seek(length + 4, 1)
+                found = b"Exif\x00\x00" + file.read(min(length, _MOST_EXIF))
+            file.seek(start + length + 4)
     file.seek(here)
     return found
 

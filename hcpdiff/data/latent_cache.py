@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, deserialize
 
-from ..errors import DataError
+from ..errors import DataError, ImageMemoryError
 from ..threads import behind, give_way, prepared
 from .encoding import Encode, Encoding, Entry
 from .files import shown
@@ -32,7 +32,7 @@ from .hashes import Content, HashMemo, read_content
 from .image import PIXELS_VERSION, View
 from .pack import FORMAT, PackFolder, PackWriter
 from .sample import TrainDataset, load_views
-from .source import reason
+from .source import no_memory, reason
 
 Loaded = list[tuple[np.ndarray, np.ndarray | None]]  # pixels and mask of each view
 Exchange = Callable[[Any], list[Any]]  # one object of every rank, in rank order (torch.distributed.all_gather_object)
@@ -80,7 +80,7 @@ class MemoryStore:
             with closing(prepared(self._load, images, _THREADS, _ahead(self.data))) as ready:
                 for image, loaded in ready:
                     if isinstance(loaded, DataError):
-                        faults.images += loaded.faults
+                        faults.unread(loaded)
                         loaded = []
                     yield image, [Encoding(name_of(self.data, image), rgb, mask, encode) for rgb, mask in loaded]
 
@@ -131,6 +131,13 @@ class Faults:
 
     images: list[str] = field(default_factory=list)  # those that cannot be read
     others: list[str] = field(default_factory=list)
+
+    def unread(self, error: DataError) -> None:
+        """Take in why an image could not be read."""
+        if isinstance(error, ImageMemoryError):
+            self.others += error.faults
+        else:
+            self.images += error.faults
 
     def add(self, more: "Faults") -> None:
         """Take in another rank's (or our own, once more)."""
@@ -259,7 +266,7 @@ class DiskStore:
         with closing(prepared(self._look, images, _THREADS, _ahead(self.data))) as ready:
             for image, found in ready:
                 if isinstance(found, DataError):
-                    faults.images += found.faults
+                    faults.unread(found)
                     yield image, []
                 else:
                     yield image, self._missing(image, *found, encode)
@@ -277,6 +284,8 @@ class DiskStore:
                 contents.append(read_content(path))
             except OSError as error:
                 return DataError(f"{shown(path)}: {reason(error, path)}")
+            except MemoryError:
+                return ImageMemoryError(no_memory(path))
         digests = (*(content.digest for content in contents), None)[:2]
         loaded = []
         if not self._whole(image, digests):

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, ImageMemoryError
 from ..randomness import generator, position_key
 from . import image as pixels
 from .files import shown
 from .image import View
 from .plan import MicroBatch, SampleRef
-from .source import Source, reason
+from .source import Source, no_memory, reason
 
 
 @dataclass
@@ -147,6 +147,14 @@ class BatchMaker:
 
 def load_views(data: TrainDataset, image: int, views: Sequence[View], factor: int, file: object = None, mask_file: object = None) -> list[tuple[np.ndarray, np.ndarray | None]]:
     """(uint8 (H,W,3), mask float32 (h,w) or None) per view of one image; DataError names the file. `file`, `mask_file`: opened ones to use instead."""
+    try:
+        return _views(data, image, views, factor, file, mask_file)
+    except MemoryError as error:
+        source, number = data.source_of(image)
+        raise ImageMemoryError(no_memory(source.path(number))) from error
+
+
+def _views(data: TrainDataset, image: int, views: Sequence[View], factor: int, file: object, mask_file: object) -> list[tuple[np.ndarray, np.ndarray | None]]:
     source, number = data.source_of(image)
     path = source.path(number)
     try:

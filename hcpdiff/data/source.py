@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,10 @@ def read_source(name: str, config: Any, where: str, faults: list[str], verify: b
     if not _check_folder(config.img_root, f"{where}.img_root", faults):
         return None
     keys, notices = _image_keys(config, where, faults)
+    every = load_captions(config.caption_file, config.img_root, keys, where, faults)  # skipped images too: their captions are not without an image
+    texts = dict(zip(keys, every.texts))
     keys, sizes, skipped = _readable(keys, config, where, faults, verify, known_good)
-    captions = load_captions(config.caption_file, config.img_root, keys, where, faults)
+    captions = replace(every, texts=[texts[key] for key in keys])
     _caption_faults(captions, config, keys, where, faults)
     has_captions = captions.found > 0
     templates = load_templates(config.prompt_template, has_captions, config.word_names, where, faults)
@@ -114,7 +116,7 @@ def _image_keys(config: Any, where: str, faults: list[str]) -> tuple[list[str], 
 
 def _readable(keys: list[str], config: Any, where: str, faults: list[str], verify: bool, known_good: Callable[[str], bool]) -> tuple[list[str], np.ndarray, list[str]]:
     """(keys, sizes, skipped keys): the images whose header (and body, with verify) can be read; the others are faults or are skipped."""
-    def look(key: str) -> tuple[int, int] | str:
+    def look(key: str) -> tuple[int, int] | str | None:
         path = os.path.join(config.img_root, key)
         try:
             size = pixels.read_header(path)
@@ -123,9 +125,12 @@ def _readable(keys: list[str], config: Any, where: str, faults: list[str], verif
             return size
         except pixels.READ_FAULTS as error:
             return reason(error, path)
+        except MemoryError:
+            return None
 
     found = list(_parallel(look, keys))
-    good = [number for number, size in enumerate(found) if not isinstance(size, str)]
+    faults += [f"{where}: {no_memory(key)}" for key, size in zip(keys, found) if size is None][:1]
+    good = [number for number, size in enumerate(found) if isinstance(size, tuple)]
     bad = [f"{keys[number]}: {size}" for number, size in enumerate(found) if isinstance(size, str)]
     if bad and not config.skip_bad_images:
         faults.append(f"{where}: {damaged(bad, len(keys))}")
@@ -140,6 +145,11 @@ def damaged(lines: list[str], total: int) -> str:
     return (f"{len(lines)} of {total} images cannot be read. Repair or remove them, or set skip_bad_images: true to go on without them:\n{_lines(lines)}")
 
 
+def no_memory(name: str) -> str:
+    """The message about an image that may be as good as any."""
+    return f"{shown(name)}: no main memory was left to read it. Let other programs end, lower train.workers, or make large images smaller."
+
+
 def _lines(lines: list[str]) -> str:
     more = [f"  and {len(lines) - _SHOWN} more"] * (len(lines) > _SHOWN)
     return "\n".join([f"  {shown(line)}" for line in lines[:_SHOWN]] + more)
@@ -149,8 +159,6 @@ def reason(error: BaseException, path: str) -> str:
     """Why an image cannot be read, in a few words without its path."""
     if isinstance(error, FileNotFoundError):
         return "the file is gone"
-    if isinstance(error, MemoryError):
-        return "no main memory was left to read it"
     if os.path.exists(path) and os.path.getsize(path) == 0:
         return "the file is empty"
     if isinstance(error, pixels.Image.DecompressionBombError):
@@ -188,6 +196,8 @@ def _masks(config: Any, keys: list[str], sizes: np.ndarray, where: str, faults: 
                 pixels.verify(path)
         except pixels.READ_FAULTS as error:
             return reason(error, path)
+        except MemoryError:
+            return "no main memory was left to read it"
         return _shape_fault((width, height), (int(pair[1][0]), int(pair[1][1])))
 
     if config.att_mask is None or not _check_folder(config.att_mask, f"{where}.att_mask", faults):
