@@ -11,6 +11,8 @@ from single_models import make_parts, save_folder, save_single
 
 from hcpdiff.checkpoint.format import load_lora
 from hcpdiff.checkpoint.io import read_tensors, save_tensors
+from hcpdiff.errors import ConfigError
+from hcpdiff.families.place import open_place
 from hcpdiff.lora_tools.base_model import open_model
 from hcpdiff.lora_tools.extract import paired
 from hcpdiff.tools import lora_extract, lora_merge, lora_resize
@@ -200,6 +202,24 @@ def test_mistakes_about_models(world, tool, tmp_path):
     fails(tool(lora_extract, "--base_model", place / "folder", "--tuned_model", lora, "--rank", "2", "--dump_path", "x"), "have none of unet, text_encoder, text_encoder_2 in common")
     fails(tool(lora_extract, "--base_model", "nowhere/x/y", "--tuned_model", "x/y/z", "--conv_rank", "-1"), "--conv_rank -1", "how large?", "--dump_path is missing")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_file_that_spells_a_part_in_two_ways_is_refused_as_training_does(world, tool, tmp_path):
+    place, layers = world
+    tensors, metadata = read_tensors(place / "model.safetensors")
+    path = next(iter(layers["unet"]))
+    twice = {f"unet.{path}.weight": torch.zeros(1)}
+    if "text_encoder_2" in layers:
+        twice["conditioner.embedders.0.transformer.final_layer_norm.bias"] = torch.zeros(1)
+    save_tensors(tmp_path / "twice.safetensors", tensors | twice, metadata)
+    fault = "Which are meant cannot be told" if "text_encoder_2" not in layers else "spells its text_encoder in two ways"
+    extract = lora_extract, "--dump_path", "x.safetensors", "--rank", "1"
+    fails(tool(*extract, "--base_model", "twice.safetensors", "--tuned_model", place / "model.safetensors"), "--base_model = 'twice.safetensors'", fault)
+    fails(tool(*extract, "--base_model", place / "model.safetensors", "--tuned_model", "twice.safetensors"), "--tuned_model = 'twice.safetensors'", fault)
+    fails(merged(tool, place, tmp_path / "twice.safetensors"), fault)
+    with pytest.raises(ConfigError, match="belong to no part|in two ways"):
+        open_place("twice.safetensors").check(["unet"])
+    assert not (tmp_path / "x.safetensors").exists() and not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_the_command_made_is_replaced_and_copies_of_the_weights_follow_or_stay_behind(tiny_sd1, tool, tmp_path):

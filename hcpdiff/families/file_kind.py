@@ -1,7 +1,7 @@
 """What a single file of weights is, from the names and shapes in its header: which Stable Diffusion, or what else it is by mistake. No torch."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .ldm_names import DIFFUSERS, LDM_VAE, PREFIXES, UNET, VAE
@@ -141,6 +141,24 @@ _IDLE = re.compile(r"""
 def idle(name: str) -> bool:
     """Whether a name belongs to nothing that is trained or drawn with: copies, buffers, marks."""
     return _IDLE.fullmatch(name) is not None
+
+
+def unread(kind: Kind, shapes: Shapes) -> list[str]:
+    """Names in a file of this kind that no part reads, sorted."""
+    read = tuple(layout[0] for part in kind.layouts if (layout := kind.layout(part, shapes)))
+    return [name for name in sorted(shapes) if not name.startswith(read) and not idle(name)]
+
+
+def spelt_otherwise(kind: Kind, names: Sequence[str]) -> dict[str, list[str]]:
+    """Part -> those of the `unread` names that are its own in another of its spellings."""
+    found = {part: [name for name in names if name.startswith(tuple(prefix for prefix, _ in layouts))] for part, layouts in kind.layouts.items()}
+    return {part: others for part, others in found.items() if others}
+
+
+def in_two_ways(file: str, part: str, count: int, spelling: str, others: Sequence[str]) -> str:
+    """The fault of a file that has names of a part beside those that are read."""
+    return (f"{file} spells its {part} in two ways: {count} names begin with {spelling}, {len(others)} do not, such as {others[0]}. "
+            f"Which are meant cannot be told: save the model with one of them alone.")
 
 
 def vae_layout(shapes: Shapes) -> tuple[str, str] | None:

@@ -122,15 +122,10 @@ class SingleFile:
 
     def _strangers(self) -> list[str]:
         """Faults for the tensors that no part reads."""
-        read = tuple(layout[0] for part in self.kind.layouts if (layout := self._layout(part)))
-        left = sorted(name for name in self.shapes if not name.startswith(read) and not file_kind.idle(name))
-        faults = []
-        for part, layouts in self.kind.layouts.items():
-            others = [name for name in left if name.startswith(tuple(prefix for prefix, _ in layouts))]
-            if others:
-                left = [name for name in left if name not in others]
-                faults.append(f"{self.key} = {str(self.path)!r} spells its {part} in two ways: {len(self.names(part))} names begin with {self._layout(part)[0]}, {len(others)} do not, such as "
-                              f"{others[0]}. Which are meant cannot be told: save the model with one of them alone.")
+        left = file_kind.unread(self.kind, self.shapes)
+        twice = file_kind.spelt_otherwise(self.kind, left)
+        faults = [file_kind.in_two_ways(f"{self.key} = {str(self.path)!r}", part, len(self.names(part)), self._layout(part)[0], others) for part, others in twice.items()]
+        left = sorted(set(left).difference(*twice.values()))
         if left:
             faults.append(f"{self.key} = {str(self.path)!r}: {len(left)} of its tensors belong to no part of {self.kind.title}, such as {left[0]}. It is of another kind, or holds more "
                           f"than a model; nothing is left out unseen.")

@@ -13,7 +13,7 @@ from ..checkpoint.safetensors_header import ITEM_BYTES
 from ..errors import CheckpointError
 from ..families import webui
 from ..families.file_configs import said_prediction
-from ..families.file_kind import kind_of
+from ..families.file_kind import idle, in_two_ways, kind_of, spelt_otherwise, unread
 from ..families.ldm_names import Source
 from ..families.source import read_index, read_json, resolve
 from ..families.weight_file import WeightFile
@@ -116,7 +116,11 @@ def open_model(source: str, key: str) -> BaseModel:
     source = os.path.expanduser(source)
     path, notices = Path(source), []
     if path.is_file():
-        return BaseModel(path, single=_opened(path))
+        model = BaseModel(path, single=_opened(path))
+        faults = _in_two_ways(model.single, f"{key} = {source!r}")
+        if faults:
+            raise CheckpointError(faults)
+        return model
     if not path.is_dir():
         path, notices = resolve(source, key=key)
     read_index(path, key)
@@ -126,6 +130,23 @@ def open_model(source: str, key: str) -> BaseModel:
         raise CheckpointError(f"{key} {source}: there are no .safetensors weights in {', '.join(f'{part}/' for part in empty) or 'it'}. Pickles (.bin) are not read "
                               f"here: load the model with diffusers and save it with save_pretrained(FOLDER).")
     return BaseModel(path, parts, notices=tuple(notices))
+
+
+def _in_two_ways(file: WeightFile, what: str) -> list[str]:
+    """Faults of a single file that has a part, or a layer, under two names, of which only one would be read."""
+    shapes, faults = file.shapes, []
+    kind = kind_of(shapes, "", "")
+    if not isinstance(kind, str):
+        for part, others in spelt_otherwise(kind, unread(kind, shapes)).items():
+            spelling = kind.layout(part, shapes)[0]
+            faults.append(in_two_ways(what, part, sum(name.startswith(spelling) and not idle(name) for name in shapes), spelling, others))
+    for component in COMPONENTS:
+        found = [{place.name for place in base_names.in_single_file(component, path)} & shapes.keys() for part, path in base_names.known_layers() if part == component]
+        twice = [sorted(names) for names in found if len(names) > 1]
+        if twice and not any(f"its {component} in" in fault for fault in faults):
+            faults.append(f"{what} has {len(twice)} layers of its {component} under two names, such as {' and '.join(twice[0])}. "
+                          f"Which are meant cannot be told: save the model with one of them alone.")
+    return faults
 
 
 def _files(folder: Path) -> list[WeightFile]:
