@@ -15,7 +15,7 @@ from hcpdiff.errors import ConfigError
 from hcpdiff.families.place import open_place
 from hcpdiff.lora_tools.base_model import open_model
 from hcpdiff.lora_tools.extract import paired
-from hcpdiff.tools import lora_extract, lora_merge, lora_resize
+from hcpdiff.tools import lora_convert, lora_extract, lora_merge, lora_resize
 
 D = torch.float64
 FAMILIES = {"sd2": (SD2, "sd_v2"), "sdxl": (SDXL, "sdxl_base_v1-0")}
@@ -153,6 +153,20 @@ def test_an_extracted_lora_is_marked_by_its_base_models_family_and_prediction(ki
         assert code == 0 and "so the LoRA does not say it" in out and "Stable Diffusion 2.x, as base is" in out, out + err
         metadata = read_tensors("x.safetensors")[1]
         assert metadata["ss_v2"] == "True" and not {"ss_base_model_version", "modelspec.prediction_type", "modelspec.architecture"} & set(metadata)
+        for said, version in (("v_prediction", "sd_v2_v"), ("v", "sd_v2_v"), ("epsilon", "sd_v2")):
+            more = ("--metadata", f"modelspec.prediction_type={said}", "--overwrite")
+            (converted, out, err), (extracted, told, _) = (
+                tool(lora_convert, "--to_webui", "--lora_path", "x.safetensors", "--dump_path", "c.safetensors", *more),
+                tool(lora_extract, "--base_model", "base", "--tuned_model", "tuned", "--rank", "1", "--parts", "unet", "--dump_path", "e.safetensors", *more))
+            assert converted == extracted == 0 and f"Stable Diffusion 2.x ({version})" in out and f"({version})" in told and "warning" not in told, out + err + told
+            tool(lora_resize, "--lora_path", "x.safetensors", "--rank", "1", "--dump_path", "r.safetensors", *more)
+            tool(lora_merge, "--lora_path", "x.safetensors", "x.safetensors", "--dump_path", "m.safetensors", *more)
+            for file in "cerm":
+                metadata = read_tensors(f"{file}.safetensors")[1]
+                found = metadata["ss_base_model_version"], metadata["modelspec.architecture"], metadata["modelspec.prediction_type"]
+                assert found == (version, SD2.versions[version], said), file
+        tool(lora_convert, "--to_webui", "--lora_path", "c.safetensors", "--dump_path", "d.safetensors", "--metadata", "modelspec.prediction_type=v")
+        assert read_tensors("d.safetensors")[1]["ss_base_model_version"] == "sd_v2"  # what the file says of itself goes before
 
 
 def test_a_coarser_type_is_no_difference(tiny_sd1, tool):

@@ -83,6 +83,11 @@ def _version(family: WebuiFamily, metadata: Mapping[str, str]) -> str | None:
     return fitting[0] if len(fitting) == 1 else family.version
 
 
+def with_word(found: Found, said: Mapping[str, str]) -> Found:
+    """With the version that entries of the user's for the result's header tell, where nothing else does."""
+    return found if found.version else replace(found, version=_version(found.family, said))
+
+
 def other_family(layers: Layers, metadata: Mapping[str, str], version: str | None, ldm_names: bool = False) -> str:
     """For a LoRA that does not fit a base model of this version (`sd_v1` ...): that it is for another family, where the file settles that; else ''."""
     own = webui.by_version(version)

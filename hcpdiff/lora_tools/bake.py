@@ -120,7 +120,7 @@ def _bake_file(file: WeightFile, path: Path, plan: Plan, args: argparse.Namespac
     """Writes a single file; its metadata stays but for hashes, which would be false, and what the user says."""
     old = file.header.metadata
     false = sorted(key for key in old if key.startswith(HASHES))
-    said = dict(entry.split("=", 1) for entry in args.metadata) | ({"modelspec.title": args.name} if args.name else {})
+    said = output.said(args) | ({"modelspec.title": args.name} if args.name else {})
     own = {META_CONVERTER: TOOL, META_MADE_FROM: json.dumps(made_from(entries), ensure_ascii=False)}
     rewrite(file, path, _changes(file, plan, tallies), {key: value for key, value in old.items() if key not in false} | own | said)
     return [f"metadata left out, since it would be false: {', '.join(false)}"] if false else []

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from ..checkpoint.convert import DTYPES, Found, Layers, cast, find_family
+from ..checkpoint.convert import DTYPES, Found, Layers, cast, find_family, with_word
 from ..checkpoint.format import COMPONENTS, META_BASE_MODEL, META_BASE_VERSION
 from ..checkpoint.metadata import META_PREDICTION
 from ..errors import CheckpointError, collect
@@ -59,10 +59,10 @@ def run(args: argparse.Namespace) -> int:
     _say(out, pairs, lost)
     for line in others(base, tuned, args.parts or COMPONENTS, lost):
         out.print(line)
-    metadata, doubts = _metadata(base, tuned)
+    metadata, doubts = _metadata(base, tuned, args)
     for line in doubts:
         out.print(line)
-    found = _family(layers, metadata, args.family, base)
+    found = with_word(_family(layers, metadata, args.family, base), output.said(args))
     out.print(f"family: {found}")
     made = {"base": base.path.name, "tuned": tuned.path.name, "rank": args.rank, "conv_rank": args.conv_rank, "energy": args.energy}
     written = output.write(path, layers, found, args, tool=TOOL, dtype=None, kept=metadata, made_from=made)
@@ -174,7 +174,7 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def _metadata(base: BaseModel, tuned: BaseModel) -> tuple[dict[str, str], list[str]]:
+def _metadata(base: BaseModel, tuned: BaseModel, args: argparse.Namespace) -> tuple[dict[str, str], list[str]]:
     """What is known of the base model: its name, its version as webui calls it, what it predicts; and what is said of doubts."""
     found, lines = {META_BASE_MODEL: base.path.stem if base.single else base.path.name}, []
     prediction = base.prediction or tuned.prediction
@@ -183,7 +183,7 @@ def _metadata(base: BaseModel, tuned: BaseModel) -> tuple[dict[str, str], list[s
     if base.prediction and tuned.prediction not in (None, base.prediction):
         lines.append(f"warning: {base.path.name} predicts {base.prediction}, {tuned.path.name} {tuned.prediction}; the LoRA is marked as one for {base.prediction}")
     family = base.family
-    if family == "sd2" and not prediction:
+    if family == "sd2" and not prediction and "modelspec.prediction_type" not in output.said(args):
         lines.append("warning: nothing tells whether these models predict epsilon or v, so the LoRA does not say it; --metadata modelspec.prediction_type=v (or epsilon) does")
     if family:
         version = {"v_prediction": "sd_v2_v", "epsilon": "sd_v2"}.get(prediction) if family == "sd2" else webui.BY_NAME[family].version

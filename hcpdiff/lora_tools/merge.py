@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from ..checkpoint.convert import Found, Layers
+from ..checkpoint.convert import Found, Layers, with_word
 from ..checkpoint.export import payload_hash
 from ..checkpoint.format import META_BASE_MODEL, META_BASE_VERSION
 from ..checkpoint.metadata import META_PREDICTION
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, sources: list, lines: list[str]) -> int:
     for line in lines:
         out.print(line)
     path = output.target(args, (path for _, paths in sources for path in paths), TOOL)
-    found = common_family(entries, args.family, out)
+    found = common_family(entries, args.family, output.said(args), out)
     whole = merged(entries)
     check_names(whole, found)
     limit = Limit(args.rank, args.energy)
@@ -99,7 +99,7 @@ def _shape(lora: LoraTensors) -> tuple[int, ...]:
     return (lora.up.shape[0], lora.down.shape[1], *(kernel if kernel != (1, 1) else ()))
 
 
-def common_family(entries: Sequence[Weighted], told: str | None, out: Console) -> Found:
+def common_family(entries: Sequence[Weighted], told: str | None, said: Mapping[str, str], out: Console) -> Found:
     """The family that all the LoRA are for. CheckpointError where they contradict each other."""
     founds = [(entry.lora.name, entry.lora.family(told)) for entry in entries]
     settled = [(name, found) for name, found in founds if not found.open] or founds
@@ -108,7 +108,7 @@ def common_family(entries: Sequence[Weighted], told: str | None, out: Console) -
     versions = list(dict.fromkeys(found.version for _, found in settled if found.version))
     if len(versions) > 1:
         out.print(f"warning: the LoRA are for different versions of it ({', '.join(map(str, versions))}); the file is written as for {versions[0]}")
-    found = next((found for _, found in settled if found.version), settled[0][1])
+    found = with_word(next((found for _, found in settled if found.version), settled[0][1]), said)
     out.print(f"family: {found}")
     return found
 

@@ -38,6 +38,11 @@ class Loaded:
         return find_family(self.layers, self.metadata, told, any(WEBUI_LDM in file.spelling for _, file in self.files))
 
 
+def said(args: argparse.Namespace) -> dict[str, str]:
+    """The entries of --metadata."""
+    return dict(entry.split("=", 1) for entry in args.metadata)
+
+
 def console() -> Console:
     """Where the tools print: no markup, since names come from files."""
     return Console(soft_wrap=True, highlight=False, markup=False)
@@ -90,7 +95,7 @@ def narrow(layers: Layers, like: Iterable[LoraTensors]) -> torch.dtype | None:
 def write(path: Path, layers: Layers, found: Found, args: argparse.Namespace, *, tool: str, dtype: torch.dtype | None, kept: Mapping[str, str],
           made_from: object) -> dict[str, dict[str, LoraTensors]]:
     """Writes webui's file and returns its layers as they are read from it. --save_dtype goes before `dtype`."""
-    extra = {META_MADE_FROM: json.dumps(made_from, ensure_ascii=False), META_CONVERTER: tool, **dict(entry.split("=", 1) for entry in args.metadata)}
+    extra = {META_MADE_FROM: json.dumps(made_from, ensure_ascii=False), META_CONVERTER: tool, **said(args)}
     write_webui(path, layers, found.family, found.version, name=args.name or path.stem, kept=kept,
                 dtype=DTYPES.get(args.save_dtype, dtype), extra=extra)
     return load_lora(path).layers

@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from ..checkpoint.convert import Layers
+from ..checkpoint.convert import Layers, with_word
 from ..checkpoint.metadata import carried
 from ..lora_tensors import LoraTensors
 from . import output
@@ -20,7 +20,7 @@ def run(args: argparse.Namespace, sources: list, lines: list[str]) -> int:
     for line in lines:
         out.print(line)
     path = output.target(args, (path for path, _ in lora.files), TOOL)
-    found = lora.family(args.family)
+    found = with_word(lora.family(args.family), output.said(args))
     out.print(f"family: {found}")
     limit = Limit(args.rank, args.energy)
     result = {component: {layer: resized(tensors, limit) for layer, tensors in named.items()} for component, named in lora.layers.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..checkpoint.convert import DTYPES, Found, Layers, find_family, join
+from ..checkpoint.convert import DTYPES, Found, Layers, find_family, join, with_word
 from ..checkpoint.export import our_path, payload_hash, replaceable, source_mark, write_diffusers, write_ours, write_peft, write_webui
 from ..checkpoint.format import META_BASE_VERSION, META_FORMAT, LoraFile, load_lora
 from ..checkpoint.metadata import META_SOURCE, carried
@@ -15,6 +15,7 @@ from ..checkpoint.paths import DIFFUSERS_WEIGHTS, PEFT_WEIGHTS, STEMS, SUFFIX, s
 from ..checkpoint.peft_form import CONFIG
 from ..checkpoint.spellings import ANCESTOR, OURS, WEBUI, WEBUI_LDM
 from ..errors import CheckpointError
+from ..lora_tools.output import said
 
 Files = list[tuple[Path, LoraFile]]
 
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace, sources: Mapping[Path, str], lines: list[str])
         console.print(line)
     layers = join(files)
     metadata, dropped = _metadata(files, args.keep_metadata)
-    found = find_family(layers, metadata, args.family or ("sdxl" if args.sdxl else None), any(WEBUI_LDM in file.spelling for _, file in files))
+    found = with_word(find_family(layers, metadata, args.family or ("sdxl" if args.sdxl else None), any(WEBUI_LDM in file.spelling for _, file in files)), said(args))
     console.print(f"family: {found}")
     if dropped:
         console.print(f"metadata left out (--keep_metadata keeps it): {', '.join(sorted(set(dropped)))}")
@@ -146,7 +147,7 @@ def _to_peft(args: argparse.Namespace, console: Console, files: Files, layers: L
 
 def _extra(args: argparse.Namespace, files: Files) -> dict[str, str]:
     """Entries of the header that the user asks for, and the mark by which the file's source is known again."""
-    return {**dict(entry.split("=", 1) for entry in args.metadata), META_SOURCE: source_mark(path for path, _ in files)}
+    return {**said(args), META_SOURCE: source_mark(path for path, _ in files)}
 
 
 def _stem(args: argparse.Namespace, files: Files) -> str:
