@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 from data_help import Encoder, build, dataset, epoch, folder_of, picture, source
 from PIL import Image
 
-from hcpdiff.data.loader import ahead, step_batches
+from hcpdiff.data.loader import _Workers, ahead, step_batches
 from hcpdiff.data.plan import Position
 from hcpdiff.data.sample import Batch
 from hcpdiff.errors import DataError, HCPError
@@ -313,6 +313,58 @@ def test_a_signal_to_the_whole_job_leaves_workers_at_work_that_have_only_begun()
         telling.result()
 
 
+class Long(Acting):
+    """More than a pipe holds, as every maker of a few hundred images is."""
+
+    def __init__(self):
+        self.images = b"x" * 1_000_000
+
+
+def spawned():
+    """Processes that this one has started to make batches, from their first moment: `active_children` knows them when they have been told what to do."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if stat.read_text().rpartition(")")[2].split()[1] == str(os.getpid()) and b"spawn_main" in stat.with_name("cmdline").read_bytes():
+                found.add(int(stat.parent.name))
+    return found
+
+
+def strike(number, others):
+    """Sends a signal to the first new one as soon as it is there."""
+    until = time.monotonic() + 30
+    while not (new := spawned() - others) and time.monotonic() < until:
+        time.sleep(0.005)
+    os.kill(new.pop(), number)
+
+
+has_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
+
+
+@has_proc
+def test_a_worker_that_is_killed_while_it_starts_is_told():
+    """Before it has read what it is to work with."""
+    batches = acting((time.sleep, 0), workers=1, maker=Long())
+    with ThreadPoolExecutor(1) as pool, limit():
+        striking = pool.submit(strike, signal.SIGKILL, spawned())
+        with pytest.raises(HCPError, match="was killed .SIGKILL."):
+            next(batches)
+        striking.result()
+
+
+@has_proc
+def test_a_worker_that_stands_still_while_it_starts_holds_up_neither_the_next_nor_the_end():
+    others = spawned()
+    with ThreadPoolExecutor(1) as pool, limit():
+        striking, workers = pool.submit(strike, signal.SIGSTOP, others), _Workers(2, Long())
+        made = [workers.submit((time.sleep, 0)) for _ in range(2)]
+        striking.result()
+        while not any(future.done() for future in made):
+            time.sleep(0.01)
+        workers.close()
+    assert all(future.done() for future in made) and spawned() <= others
+
+
 def no_start():
     raise RuntimeError("not in this process")
 
@@ -355,8 +407,12 @@ def test_an_error_of_a_worker_comes_up_with_the_place_it_comes_from():
 
 
 def test_a_want_of_memory_is_told_with_what_needs_less_and_is_no_fault_of_a_file(root, monkeypatch):
-    with pytest.raises(DataError, match="no main memory was left to make a batch. Lower train.workers"):
+    with pytest.raises(DataError, match="no main memory was left to make a batch. A smaller batch_size"):
         list(acting((fail, MemoryError), workers=0))
+    with pytest.raises(DataError, match="no main memory was left to make a batch"):
+        list(acting((torch.empty, 1 << 50), workers=0))
+    with pytest.raises(RuntimeError, match="another fault"):
+        list(acting((fail, RuntimeError, "another fault"), workers=0))
     data = build(dataset(source(root)))
     monkeypatch.setattr("hcpdiff.data.image.decode", lambda *args: fail(MemoryError))
     with pytest.raises(DataError, match="png: no main memory was left to read it"):

@@ -12,7 +12,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import connection
 from typing import Any, TypeVar
 
@@ -36,16 +36,29 @@ def step_batches(steps: Iterator[tuple[Step, list[Position]]], maker: BatchMaker
     """(step, positions after it, this rank's batches) for each step; `attach` completes a batch in the main process."""
     if workers > 0:
         return _by_workers(steps, maker, attach, rank, world, workers)
-    made = ((step, after, [attach(_make(maker, micro), micro) for micro in step.of_rank(rank, world)]) for step, after in steps)
+    made = (_made(step, after, maker, attach, rank, world) for step, after in steps)
     return ahead(made, _AHEAD)
 
 
-def _make(maker: BatchMaker, micro: MicroBatch) -> Batch:
+def _made(step: Step, after: list[Position], maker: BatchMaker, attach: Callable[[Batch, MicroBatch], Batch], rank: int, world: int) -> StepBatches:
+    with _enough_memory():
+        return step, after, [attach(maker.make(micro), micro) for micro in step.of_rank(rank, world)]
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    """DataError where there is not: torch has an error of its own for its tensors."""
     try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise DataError("no main memory was left to make a batch. A smaller batch_size, fewer train.workers, and cache_latents: disk each need less.") from error
+
+
+def _make(maker: BatchMaker, micro: MicroBatch) -> Batch:
+    with _enough_memory():
         return maker.make(micro)
-    except MemoryError as error:
-        raise DataError("no main memory was left to make a batch. Lower train.workers or batch_size, or set cache_latents: memory or disk, which needs less."
-                        ) from error
 
 
 def _by_workers(steps: Iterator[tuple[Step, list[Position]]], maker: BatchMaker, attach: Callable[[Batch, MicroBatch], Batch], rank: int, world: int,
@@ -67,7 +80,8 @@ def _by_workers(steps: Iterator[tuple[Step, list[Position]]], maker: BatchMaker,
 
 
 def _arrived(step: Step, after: list[Position], batches: list[tuple[Future, MicroBatch]], attach: Callable[[Batch, MicroBatch], Batch]) -> StepBatches:
-    return step, after, [attach(_whole(future.result()), micro) for future, micro in batches]
+    with _enough_memory():
+        return step, after, [attach(_whole(future.result()), micro) for future, micro in batches]
 
 
 def _whole(parts: dict[str, Any]) -> Batch:
@@ -79,7 +93,7 @@ class _Workers:
     nobody waiting, as it would with queues and locks that all share."""
 
     def __init__(self, count: int, maker: BatchMaker):
-        self._maker, self._closed, self._processes = maker, False, []
+        self._maker, self._closed, self._processes, self._without = pickle.dumps(maker, pickle.HIGHEST_PROTOCOL), False, [], count
         self._threads, self._own, self._starting = ThreadPoolExecutor(count, thread_name_prefix="hcpdiff-batches"), threading.local(), threading.Lock()
 
     def submit(self, micro: MicroBatch) -> Future:
@@ -119,16 +133,25 @@ class _Workers:
         with self._starting:
             if self._closed:
                 raise CancelledError
-            self._own.pipe, theirs = multiprocessing.Pipe()
-            with theirs:
-                process = multiprocessing.get_context("spawn").Process(target=_work, args=(theirs, self._maker), name="hcpdiff-loader")
-                _hold_signals_back()
-                try:
+            try:
+                self._own.pipe, theirs = multiprocessing.Pipe()
+                with theirs:
+                    process = multiprocessing.get_context("spawn").Process(target=_work, args=(theirs,), name="hcpdiff-loader")
+                    _hold_signals_back()
                     process.start()
-                except OSError as error:
-                    raise HCPError(f"a process that loads images could not be started: {error.strerror or error}. Lower train.workers.") from error
+            except OSError as error:
+                raise HCPError(f"a process that loads images could not be started: {error.strerror or error}. Lower train.workers.") from error
             self._processes.append(process)
             self._own.process = process
+        # It reads this when it has imported torch. Among what it is started with, more than a pipe holds would be waited for with the lock, and for ever where it dies.
+        try:
+            self._own.pipe.send_bytes(self._maker)
+        except OSError as error:
+            raise _ended(process) from error
+        with self._starting:
+            self._without -= 1
+            if not self._without:
+                self._maker = b""  # of a million images it is some 250 MB
 
 
 def _hold_signals_back() -> None:
@@ -154,7 +177,7 @@ def _ended(process: multiprocessing.Process) -> HCPError:
 # -- in a worker ------------------------------------------------------------------------------------------------------------------------------
 
 
-def _work(pipe: connection.Connection, maker: BatchMaker) -> None:
+def _work(pipe: connection.Connection) -> None:
     """Signals that reach the whole group or job are for the main process, which ends its workers when it has finished its step."""
     for number in _UNHEARD:
         signal.signal(number, signal.SIG_IGN)
@@ -163,6 +186,7 @@ def _work(pipe: connection.Connection, maker: BatchMaker) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     with suppress(EOFError, OSError):  # the main process has no more use for it
+        maker = pipe.recv()
         while True:
             pipe.send_bytes(_answer(maker, pipe.recv()))
 
