@@ -13,6 +13,7 @@ from torch import nn
 from hcpdiff.adapters.shadow import Shadow
 from hcpdiff.errors import CheckpointError, ConfigError, DataError, HCPError, NonFiniteError
 from hcpdiff.train import run, signals  # noqa: F401
+from hcpdiff.train.conditioning import FrozenText
 from hcpdiff.train.previews import PreviewHook
 from hcpdiff.train.optim import Gradients, optimizer_groups
 from hcpdiff.train.parallel import Parallel
@@ -279,6 +280,22 @@ def noted(*words):
     return work
 
 
+def crowded(*numbers):
+    """A run whose frozen text encoder is asked in the steps and finds no room then on the devices of these ranks; each notes how often."""
+    def work(rank):
+        def ahead(self, *coming, device=None, real=FrozenText.ahead, **more):
+            self.held = 1
+            if rank in numbers and self.trainer is not None and device is None:
+                with Path(f"crowded{rank}").open("a") as file:
+                    file.write(f"{self.trainer.state.step + 1}\n")
+                raise torch.OutOfMemoryError("no room")
+            return real(self, *coming, device=device, **more)
+
+        FrozenText.ahead = ahead
+        return whole("lora_text_encoder=[]")(rank)
+    return work
+
+
 # name: (processes, what each does, what is done to them)
 ALL = {
     "well": (3, lambda rank: member(rank, hooks=[previews(lambda rank: None)]), None),
@@ -311,6 +328,8 @@ ALL = {
     "halves": (2, noted("data.one.batch_size=7"), None),
     "joint_bf16": (1, noted("data.one.batch_size=2", "train.gradient_accumulation_steps=2", "mixed_precision=bf16"), None),
     "halves_bf16": (2, noted("data.one.batch_size=2", "mixed_precision=bf16"), None),
+    "crowded_first": (2, crowded(0), None),
+    "crowded_others": (3, crowded(1, 2), None),
     "alone": (2, alone, None),
     "stuck": (2, lambda rank: member(rank, stuck), twice),
 }

@@ -173,3 +173,14 @@ def test_the_one_device_command_under_two_trains_alone_and_says_so(ended):
 
 def test_the_patience_with_another_process_is_longer_than_a_save_or_a_share_of_the_latents():
     assert WAIT.total_seconds() >= 3600
+
+
+def test_what_the_text_encoders_of_some_processes_have_no_room_for_is_said_by_the_first(ended):
+    """Others than the first have no place to say it: each of their steps in which it happened is told, with their numbers."""
+    first, others = ended("crowded_first"), ended("crowded_others")
+    assert first.codes == [0, 0] and others.codes == [0, 0, 0], (first.said, others.said)
+    assert first.read("run/train.log").count("warning: cpu has no room left for the text encoders") == len(first.read("crowded0").split()) > 1 and not first.said[1]
+    steps = [set(others.read(f"crowded{rank}").split()) for rank in (1, 2)]
+    told = re.findall(r"warning: the devices? of process(?:es)? ([\d, ]+) ha(?:s|ve) no room left for the text encoders", others.read("run/train.log"))
+    assert len(told) == len(steps[0] | steps[1]) > 1 and [sum(str(rank) in line.split(", ") for line in told) for rank in (1, 2)] == [len(own) for own in steps]
+    assert not others.said[1] and not others.said[2]

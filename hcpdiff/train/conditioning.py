@@ -79,13 +79,26 @@ class FrozenText(Hook):
             return self.ahead(*coming)
         except torch.OutOfMemoryError:  # left before going on: the error holds what was on the device
             pass
-        self.say(f"warning: {self.device} has no room left for the text encoders, which encode the prompts of the coming steps: they do so on the CPU, which takes longer. "
-                 f"{self.less_memory}")
+        if self.share[0] == 0:
+            self._say_no_room(f"{self.device} has")
+        else:  # only the first process has a place to say it: it learns of it by the step's sum
+            self.trainer.gradients.crowded[self.share[0]] = 1.0
         return self.ahead(*coming, device=torch.device("cpu"))
+
+    def _say_no_room(self, which: str) -> None:
+        self.say(f"warning: {which} no room left for the text encoders, which encode the prompts of the coming steps: they do so on the CPU, which takes longer. {self.less_memory}")
 
     def on_epoch_begin(self, trainer, epoch: int) -> None:
         """Notes who knows where the run stands."""
         self.trainer = trainer
+
+    def on_step_end(self, trainer) -> None:
+        """The first process says what the others had no room for, once a step's numbers are known."""
+        for ranks in trainer.take_crowded():
+            numbers = ", ".join(map(str, ranks))
+            self._say_no_room(f"the devices of processes {numbers} have" if len(ranks) > 1 else f"the device of process {numbers} has")
+
+    on_end = on_stop = on_step_end
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         if not all(prompt in self.cache for prompt in prompts):

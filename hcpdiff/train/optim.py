@@ -73,14 +73,16 @@ class Gradients:
     """Every gradient as a view of one flat fp32 buffer, so that reduction, norm, clipping and clearing are one operation each.
 
     Behind them, summed over the processes with them: `slots` (processes, micro-batches, 1 + samples), in which each process notes what Watch wants to know of
-    its micro-batches and leaves the others' zero; the step's loss; the wish of any process to stop; and how many have no batch for the step.
+    its micro-batches and leaves the others' zero; `crowded`, of each process whether its device had no room for the text encoders in the step; the step's loss;
+    the wish of any process to stop; and how many have no batch for the step.
     """
 
     def __init__(self, groups: Sequence[ParamGroup], device: torch.device, processes: int = 1, micro: int = 1, samples: int = 1):
         self.parameters = [p for group in groups for p in group.parameters]
         count, shape = sum(p.numel() for p in self.parameters), (processes, micro, 1 + samples)
-        self.flat = torch.zeros(count + math.prod(shape) + 3, dtype=torch.float32, device=device)
-        self.values, self.tail, self.slots = self.flat[:count], self.flat[count:], self.flat[count:-3].view(shape)
+        self.flat = torch.zeros(count + math.prod(shape) + processes + 3, dtype=torch.float32, device=device)
+        self.values, self.tail = self.flat[:count], self.flat[count:]
+        self.slots, self.crowded = self.tail[: math.prod(shape)].view(shape), self.tail[math.prod(shape) : -3]
         self.loss, self.stop, self.lacking = self.flat[-3], self.flat[-2], self.flat[-1]
         self.attach()
 

@@ -96,6 +96,7 @@ class Trainer:
         self.first, self.fault, self.lacking = 0, None, False  # step at the start; why this process has no batch; whether any has none
         self.records: list[tuple[int, dict[str, float]]] = []  # of rank 0 only, as are the skips
         self.skips: list[Skip] = []
+        self.crowded: list[list[int]] = []  # of steps in which there were any: processes without room for the text encoders
         self.beside = 0.0  # seconds that hooks took for saves and previews: no step's time
 
     def fit(self, stop: StopRequest) -> bool:
@@ -220,6 +221,8 @@ class Trainer:
             self.undo.put_back(everything)
         self.stopping |= seen.stop
         self.loss_scale.value, self.loss_scale.clean = seen.scale
+        if seen.crowded and self.parallel.rank == 0:
+            self.crowded.append(seen.crowded)
         if seen.lacking:
             self.lacking, self.state.step, self.state.positions = True, pending.number - 1, pending.positions
             return seen
@@ -273,6 +276,11 @@ class Trainer:
         """The steps since the last call that changed nothing."""
         skips, self.skips = self.skips, []
         return skips
+
+    def take_crowded(self) -> list[list[int]]:
+        """Of the steps since the last call: the processes whose device had no room for the text encoders."""
+        crowded, self.crowded = self.crowded, []
+        return crowded
 
 
 def size_of(batch) -> str:

@@ -50,8 +50,8 @@ class LossScale:
 
 @dataclass(frozen=True)
 class Seen:
-    """One step's numbers on the host. `lacking`: a process had no batch, so that there was no step. `parts`: per process and micro-batch, whether its gradient was the first not finite (there), and its samples' weighted
-    losses."""
+    """One step's numbers on the host. `lacking`: a process had no batch, so that there was no step. `crowded`: processes whose device had no room for the text
+    encoders. `parts`: per process and micro-batch, whether its gradient was the first not finite (there), and its samples' weighted losses."""
 
     loss: float
     grad_norm: float
@@ -59,6 +59,7 @@ class Seen:
     stop: bool
     lacking: bool
     scale: tuple[float, int]
+    crowded: list[int]
     parts: list[list[list[float]]]
 
 
@@ -107,7 +108,9 @@ class Watch:
             self.event.synchronize()
         numbers = self.buffer.cpu().numpy()
         loss, stop, lacking, norm, bad, value, clean = numbers[-7:].tolist()
-        return Seen(loss, norm, bad != 0, stop != 0, lacking != 0, (value, int(clean)), numbers[:-7].reshape(self.gradients.slots.shape).tolist())
+        slots = self.gradients.slots
+        crowded = [rank for rank, number in enumerate(numbers[slots.numel() : -7].tolist()) if number]
+        return Seen(loss, norm, bad != 0, stop != 0, lacking != 0, (value, int(clean)), crowded, numbers[: slots.numel()].reshape(slots.shape).tolist())
 
 
 @dataclass(frozen=True)
