@@ -105,6 +105,24 @@ def test_the_start_says_which_prompts_are_drawn(ours):
     assert "negative" not in ours.said and f"\n  prompt     {'a ' * 59}a…\n" in ours.said
 
 
+def test_several_prompts_are_named_beside_their_pictures_and_repeated_pictures_before_them(ours):
+    quick = {"infer_args": STEPS | {"num_inference_steps": 1}}
+    shared = "masterpiece, best quality, very detailed, "
+    ours(prompt=[f"{shared}a cat\non a mat", f"{shared}a car {'very ' * 30}fast", f"{shared}a cat\non a mat"], seed=[3, 5], **quick)
+    lines = ours.said.splitlines()
+    told = [line.split("  ") for line in lines if ".png" in line]
+    assert [place[-len("00000-3.png"):] for place, _ in told] == [f"{n:05d}-{3 + 2 * (n % 2)}.png" for n in range(6)]  # the path comes first, as ever
+    assert [label for _, label in told] == [label for label in ("prompt 1: … cat on a mat", f"prompt 2: … car {'very ' * 11}…", "prompt 3: … cat on a mat") for _ in (0, 1)]
+    [note] = [line for line in lines if "same prompt" in line]
+    assert note == "note: 2 of 6 pictures have the same prompt, negative prompt and seed as an earlier one, and will be the same: picture 5 as 1, 6 as 2."
+    assert lines.index(note) < lines.index(next(line for line in lines if ".png" in line))
+    ours(prompt=["a cat", "a cat"], neg_prompt=["bad", "worse"], **quick)
+    assert "same prompt" not in ours.said and ours.said.count(".png  prompt 2: a cat\n") == 1
+    ours(seed=[7, 7, 7, 7, 7], **quick)
+    assert "note: 4 of 5 pictures have" in ours.said and "the same: picture 2 as 1, 3 as 1, 4 as 1, …." in ours.said
+    assert all(line.endswith("-7.png") for line in ours.said.splitlines() if ".png" in line), "of one prompt nothing is to be told apart"
+
+
 def test_picture_without_lora_is_diffusers_own(ours, plain_picture):
     assert np.abs(ours()[0] - plain_picture).max() <= 1
 

@@ -58,8 +58,21 @@ def read(cfg: InferConfig) -> Request:
     if len(neg_texts) == 1:
         neg_texts, negatives = neg_texts * len(texts), negatives * len(texts)
     pictures = tuple(Picture(n * len(seeds) + i, n, seed) for n in range(len(texts)) for i, seed in enumerate(seeds))
+    notices += finder.notices + repeated(pictures, prompts, negatives)
     return Request(cfg, tuple(texts), tuple(neg_texts), tuple(prompts), tuple(negatives), pictures, tuple(loras), emb_dir,
-                   Path(cfg.out_dir), tuple(dict.fromkeys(notices + finder.notices)))
+                   Path(cfg.out_dir), tuple(dict.fromkeys(notices)))
+
+
+def repeated(pictures: Sequence[Picture], prompts: Sequence[Parsed], negatives: Sequence[Parsed]) -> list[str]:
+    """A notice of the pictures that will be the same as an earlier one, if there are any."""
+    first: dict[tuple, int] = {}
+    pairs = [(picture.index + 1, first.setdefault((prompts[picture.prompt].pieces, negatives[picture.prompt].pieces, picture.seed), picture.index + 1)) for picture in pictures]
+    again = [f"{number} as {earlier}" for number, earlier in pairs if number != earlier]
+    if not again:
+        return []
+    said = ", ".join(again[:3] + ["…"] * (len(again) > 3))
+    have = "has" if len(again) == 1 else "have"
+    return [f"{len(again)} of {len(pictures)} pictures {have} the same prompt, negative prompt and seed as an earlier one, and will be the same: picture {said}."]
 
 
 def prompt_texts(cfg: InferConfig, faults: list[str]) -> tuple[list[str], list[str]]:

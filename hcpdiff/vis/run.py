@@ -1,6 +1,7 @@
 """The visualizer's run: a config -> models with LoRA -> pictures on disk. The wiring only; each step is in a file of its own."""
 
 import importlib.metadata
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -26,6 +27,7 @@ from .save import save
 from .settings import Facts, describe
 
 MODEL_KEY = "pretrained_model"
+LONG = 20  # characters; a longer beginning that all prompts share is left out where each is named
 
 
 @dataclass
@@ -247,20 +249,40 @@ def report(request: Request, facts: Facts, loras: Sequence[attach.Loaded], devic
 
 def first_of(texts: Sequence[str]) -> str:
     """The first of the texts, on one line of at most 120 characters, and how many other ones there are."""
-    text, others = shown(" ".join(texts[0].split())), len(set(texts)) - 1
-    return (f"{text[:119]}…" if len(text) > 120 else text or "''") + (f"  and {others} more" if others else "")
+    others = len(set(texts)) - 1
+    return cut(one_line(texts[0]), 120) + (f"  and {others} more" if others else "")
+
+
+def one_line(text: str) -> str:
+    """A prompt as a terminal can show it."""
+    return shown(" ".join(text.split()))
+
+
+def cut(text: str, most: int) -> str:
+    """At most so many characters of it."""
+    return f"{text[: most - 1]}…" if len(text) > most else text or "''"
+
+
+def labels(texts: Sequence[str]) -> list[str]:
+    """What tells the pictures of several prompts apart: the number of each, and its text from where it differs from the others. Nothing for one prompt."""
+    if len(texts) == 1:
+        return [""]
+    lines = [one_line(text) for text in texts]
+    alike = os.path.commonprefix(lines).rfind(" ") + 1 if len(set(lines)) > 1 else 0
+    alike = alike if alike > LONG else 0
+    return [f"  prompt {number}: {'… ' if alike else ''}{cut(line[alike:], 60)}" for number, line in enumerate(lines, 1)]
 
 
 def draw(request: Request, studio: Studio, say: Callable[[str], None]) -> list[Path]:
     """Draws all pictures, batch by batch; each is on disk before the next begins, or beside a GPU before the next is done. What was drawn is written whatever
     comes after it."""
-    started, total = time.perf_counter(), len(request.pictures)
+    started, total, names = time.perf_counter(), len(request.pictures), labels(request.texts)
     beside = 0 if studio.device.type == "cpu" else 1
     with attach.copied(studio.models.unet), closing(behind(drawn_batches(request, studio, total, say), lambda drawn: write(request, studio, *drawn), beside)) as written:
-        paths = []
+        paths: list[Path] = []
         for batch in written:
-            for path in batch:
-                say(str(path))
+            for picture, path in zip(request.pictures[len(paths) :], batch):
+                say(f"{path}{names[picture.prompt]}")
             paths += batch
     say(f"{total} picture{'s' if total > 1 else ''} in {time.perf_counter() - started:.1f} s")
     return paths
