@@ -27,6 +27,7 @@ from hcpdiff.checkpoint.resume import load_state
 from hcpdiff.checkpoint.runs import states
 
 ARGUMENTS = [*overrides({**WORKERS, "latents": "disk", "accumulation": 1}), "train.save_step=1", "train.log_step=2", "train.keep_last=2", "train.keep_every=4"]
+REMEASURED = 20  # kills after which the length of a run is measured anew
 
 
 def forked(work, seconds: float | None = None) -> int:
@@ -98,8 +99,27 @@ def two_processes(place: Path) -> None:
     assert_same_run(place / "whole-two", place / "parts-two", STEPS)
 
 
+def length(name: str) -> float:
+    """Seconds that a whole run takes now."""
+    started = time.monotonic()
+    assert forked(lambda: go(name)) == 0
+    return time.monotonic() - started
+
+
 def main(folder: Path, kills: int, seed: int) -> dict:
-    """Kills so many runs; at which steps they were found, how often a finished one had to start anew."""
+    """Kills so many runs; at which steps they were found, how often a finished one had to start anew. Every failure names the seed."""
+    print(f"seed {seed}", file=sys.stderr, flush=True)
+    found: list[int] = []
+    try:
+        rounds = kill(folder, kills, random.Random(seed), found)
+    except BaseException as error:
+        error.add_note(f"seed {seed}, after {len(found)} kills")
+        raise
+    return {"kills": len(found), "found at step": found, "rounds": rounds, "seed": seed, "platform": sys.platform}
+
+
+def kill(folder: Path, kills: int, rng: random.Random, found: list[int]) -> int:
+    """Kills runs until `found` has as many steps as asked for; how many runs were begun for that."""
     torch.set_num_threads(1)
     images(folder / "images")
     model = folder / "model"
@@ -110,10 +130,11 @@ def main(folder: Path, kills: int, seed: int) -> dict:
     first._find_model()
     first._load_model()
     two_processes(folder)
-    started = time.monotonic()
-    assert forked(lambda: go("whole")) == 0
-    lasts, rng, found, rounds = time.monotonic() - started, random.Random(seed), [], 1
+    lasts, measured, rounds = length("whole"), 0, 1
     while len(found) < kills:
+        if len(found) >= measured + REMEASURED:  # the machine may have become slower or faster since
+            measured = len(found)
+            lasts = length(f"measured-{measured}")
         code = forked(lambda: go("parts"), rng.uniform(0.2, 1.0) * lasts)
         if code == 0:  # it was faster than the kill: a new round
             assert_same_run(Path("whole"), Path("parts"), STEPS)
@@ -128,7 +149,7 @@ def main(folder: Path, kills: int, seed: int) -> dict:
     assert_same_run(Path("whole"), Path("parts"), STEPS)
     names = sorted(path.name for path in Path("parts").iterdir())
     assert not [path for path in Path("parts").rglob("*.tmp")], names
-    return {"kills": len(found), "found at step": found, "rounds": rounds, "seed": seed, "platform": sys.platform}
+    return rounds
 
 
 if __name__ == "__main__":
