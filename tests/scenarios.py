@@ -109,6 +109,17 @@ class Unsaved(Hook):
         raise NonFiniteError("step 3 is not saved")
 
 
+class Broken(Hook):
+    """Rank 0's: the save before the end fails as none should."""
+
+    def on_fault(self, trainer):
+        raise OSError("the disk is gone")
+
+
+def no_disk(parallel):
+    return Broken() if parallel.main else Hook()
+
+
 def no_number(parallel):
     return Unsaved() if parallel.main else Hook()
 
@@ -308,6 +319,7 @@ ALL = {
     "lost_stopped": (2, lambda rank: member(rank, stop_at_3, lost=([1], 3), lag=True, hooks=[drawn]), None),
     "lost_bug": (2, lambda rank: member(rank, lost=([1], 3, ZeroDivisionError("of ours"))), None),
     "lost_full": (2, lambda rank: member(rank, lost=([1], 3), hooks=[no_number]), None),
+    "lost_disk": (2, lambda rank: member(rank, lost=([1], 3), hooks=[no_disk]), None),
     "bug": (3, lambda rank: member(rank, at(2, 3, lambda: 1 / 0)), None),
     "memory": (3, lambda rank: member(rank, at(1, 3, OUT_OF_MEMORY)), None),
     "nan": (3, lambda rank: member(rank, lambda rank, batch: float("nan") if rank == 1 and batch.value > 4 else None), None),

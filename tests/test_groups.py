@@ -140,6 +140,12 @@ def test_a_save_that_fails_for_want_of_a_batch_elsewhere_gives_all_its_exit_code
     assert group.codes == [3, 3] and said.count("images/5.png: the file is gone") == said.count("step 3 is not saved") == 1, group.said
 
 
+def test_a_save_that_breaks_for_want_of_a_batch_elsewhere_is_told_with_why_there_was_none(ended):
+    group = ended("lost_disk")
+    said = "".join(group.said)
+    assert group.ends_with(1, "OSError: the disk is gone") and said.count("FeedError: images/5.png: the file is gone") == 1, group.said
+
+
 @pytest.mark.parametrize("precision,most", [("", 1e-5), ("_bf16", 0.0)])
 def test_the_gradients_of_two_processes_are_those_of_one_over_their_joint_batch(ended, precision, most):
     """fp32: two batches of seven against one of all fourteen samples. bf16, with half-precision copies: two batches, at a time or one after the other, for rounding may depend on

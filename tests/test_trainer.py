@@ -297,6 +297,21 @@ def test_a_batch_that_cannot_be_made_ends_the_run_after_what_was_done_is_told(la
     assert torch.equal(trainer.loss_scale.pair, twin.loss_scale.pair) and [step for step, _ in trainer.take_records()] == list(range(1, missing + 1))
 
 
+@pytest.mark.parametrize("lag", [False, True])
+def test_an_overflow_in_a_step_for_which_another_process_had_no_batch_leaves_the_loss_scale(lag):
+    def overflow(flat):
+        flat[:3] += math.inf if flat[-1] else 0.0  # the other process has a batch
+        return flat
+
+    trainer, weight = toy(steps=6, lag=lag, fp16=True)
+    trainer.feed, trainer.parallel.sum_ = Lossy(4), overflow
+    with pytest.raises(FeedError):
+        trainer.fit(StopRequest())
+    twin, other = toy(steps=4, fp16=True)
+    twin.fit(StopRequest())
+    assert torch.equal(weight, other) and torch.equal(trainer.loss_scale.pair, twin.loss_scale.pair) and trainer.loss_scale.value == twin.loss_scale.value
+
+
 @pytest.mark.parametrize("full", [False, True], ids=["kept", "not_kept"])
 def test_a_fault_of_ours_in_the_feed_costs_no_finished_step_either(full):
     kept = []
@@ -312,6 +327,31 @@ def test_a_fault_of_ours_in_the_feed_costs_no_finished_step_either(full):
     with pytest.raises(ZeroDivisionError, match="of ours") as caught:
         trainer.fit(StopRequest())
     assert kept == [4] and getattr(caught.value, "__notes__", []) == ["no space is left"] * full
+
+
+@pytest.mark.parametrize("lost", [DataError("cat.jpg: the file is gone"), ZeroDivisionError("of ours")], ids=["image", "ours"])
+def test_an_error_of_ours_while_the_steps_are_kept_has_why_there_is_no_batch_as_its_cause(lost):
+    class Keeper(Hook):
+        def on_fault(self, trainer):
+            raise OSError("the disk is gone")
+
+    trainer, _ = toy(steps=6, hooks=[Keeper()])
+    trainer.feed = Lossy(4, lost)
+    with pytest.raises(OSError, match="the disk is gone") as caught:
+        trainer.fit(StopRequest())
+    assert caught.value.__cause__ is lost
+
+
+def test_no_memory_to_keep_the_steps_is_told_beside_why_there_is_no_batch():
+    class Keeper(Hook):
+        def on_fault(self, trainer):
+            raise torch.OutOfMemoryError("no room")
+
+    trainer, _ = toy(steps=6, hooks=[Keeper()])
+    trainer.feed = Lossy(4)
+    with pytest.raises(HCPError) as caught:
+        trainer.fit(StopRequest())
+    assert caught.value.faults == ["cat.jpg: the file is gone", "step 4 could not be saved: out of memory."]
 
 
 def test_weights_that_are_not_finite_when_a_batch_is_lost_end_with_their_own_exit_code():

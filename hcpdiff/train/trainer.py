@@ -130,20 +130,27 @@ class Trainer:
         """All processes are here, at the last step that they have finished. They end with the same error; one that is no user's mistake is for its own process
         to show."""
         unsaved, ours = [], self.fault is not None and not isinstance(self.fault, HCPError)
+        lost = self.fault.faults if self.fault and not ours else []
         if self.state.step > self.first:
             try:
                 self._tell("on_fault")
             except HCPError as error:
                 unsaved = [error.with_traceback(None)]
-        lost = self.fault.faults if self.fault and not ours else []
+            except torch.OutOfMemoryError:
+                unsaved = [HCPError(f"step {self.state.step} could not be saved: out of memory. {self.less_memory}".rstrip())]
+            except Exception as error:
+                lost = distinct(faults for faults, *_ in self.parallel.gather((lost, [], True)))
+                if self.fault or lost:
+                    raise error from self.fault or FeedError(lost)
+                raise
         told = self.parallel.gather((lost, unsaved, ours))  # also waits for the save
-        lost, unsaved = list(dict.fromkeys(fault for faults, _, _ in told for fault in faults)), [error for _, errors, _ in told for error in errors]
+        lost, unsaved = distinct(faults for faults, *_ in told), [error for _, errors, _ in told for error in errors]
         if ours:
             for error in unsaved:
                 self.fault.add_note(str(error))
             raise self.fault
         if any(theirs for *_, theirs in told):
-            raise PeerError("another process of this run could not make a batch; what it said stands above.")
+            raise PeerError("another process of this run could not make a batch, or keep the steps before it; what it said stands above.")
         kind = type(unsaved[0]) if unsaved else FeedError  # and so its exit code
         raise kind(lost + [fault for error in unsaved for fault in error.faults]) from self.fault
 
@@ -281,6 +288,11 @@ class Trainer:
         """Of the steps since the last call: the processes whose device had no room for the text encoders."""
         crowded, self.crowded = self.crowded, []
         return crowded
+
+
+def distinct(lists: Iterable[Iterable[str]]) -> list[str]:
+    """What stands in any of the lists, each once."""
+    return list(dict.fromkeys(item for items in lists for item in items))
 
 
 def size_of(batch) -> str:

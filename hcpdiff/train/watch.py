@@ -39,7 +39,7 @@ class LossScale:
             values.div_(self.pair[0])
 
     def update(self, overflow: Tensor, bad: Tensor) -> None:
-        """After a step (bool scalars). A loss that is not finite is no overflow: the scale had no part in it, and stays."""
+        """After a step (bool scalars). A loss that is not finite is no overflow: the scale had no part in it, and stays; nor is a step that has not been."""
         if not self.active:
             return
         scale, clean = self.pair
@@ -92,8 +92,9 @@ class Watch:
         """After the sum over processes and the norm: sends the numbers on their way, moves the loss scale, and returns the flag: True if the step must
         change nothing (a bool scalar on the device, the same on every rank)."""
         finite_loss, finite = torch.isfinite(self.gradients.loss), torch.isfinite(norm)
-        bad = ~(finite & finite_loss) | (self.gradients.lacking > 0)
-        self.scale.update(~finite & finite_loss, bad)
+        lacking = self.gradients.lacking > 0
+        bad = ~(finite & finite_loss) | lacking
+        self.scale.update(~finite & finite_loss & ~lacking, bad)
         numbers = torch.cat((self.gradients.tail, norm[None], bad[None].float(), self.scale.pair))
         if self.event is None:
             self.buffer = numbers
