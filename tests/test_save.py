@@ -21,7 +21,7 @@ from hcpdiff.checkpoint.tidy import drop_weights, remove_leftovers, set_aside, s
 from hcpdiff.errors import CheckpointError, ConfigError, FeedError, HCPError, NonFiniteError
 from hcpdiff.lora_tensors import LoraTensors
 from hcpdiff.loggers import Logger, LoggerGroup
-from hcpdiff.train.hooks import LogHook
+from hcpdiff.train.hooks import LogHook, Periodic
 from hcpdiff.train.save import SaveHook, SavePolicy
 from hcpdiff.train.signals import StopRequest
 from hcpdiff.train.state import restore, training_state
@@ -358,6 +358,22 @@ def test_a_batch_that_is_missing_after_a_save_saves_nothing_again_and_a_save_tha
     with pytest.raises(HCPError) as caught:
         trainer.fit(StopRequest())
     assert caught.value.faults[0] == "cat.jpg: the file is gone" and caught.value.faults[1].startswith("step 3 could not be saved: ") and len(caught.value.faults) == 2
+
+
+@pytest.mark.parametrize("lag", [False, True])
+@pytest.mark.parametrize("bad", [(), (2,)])
+@pytest.mark.parametrize("first", ["drawing", "saving"])
+def test_a_step_for_which_there_was_no_batch_is_never_due(tmp_path, lag, bad, first):
+    """It is known late where the device works ahead."""
+    drawn, drawing = [], Periodic(2)
+    drawing.act = lambda trainer: drawn.append(trainer.state.step) or True
+    trainer, lines, _ = saver(tmp_path, bad=bad)
+    trainer.feed, trainer.lag = Lossy(3), lag
+    trainer.feed.bad = bad
+    trainer.hooks.insert(0 if first == "drawing" else 1, drawing)
+    with pytest.raises(FeedError):
+        trainer.fit(StopRequest())
+    assert drawn == [2] and states(tmp_path) == [2, 3] and not any("is not saved" in line for line in lines), lines
 
 
 def test_a_folder_that_became_unusable_is_named(tmp_path):

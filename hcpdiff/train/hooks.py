@@ -121,7 +121,9 @@ class Periodic(Hook):
 
     def on_step_end(self, trainer: Trainer) -> None:
         if self.every and trainer.state.step % self.every == 0:
-            self._once(trainer)
+            trainer.settle()
+            if not trainer.lacking:  # else that step has not been
+                self._once(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
         self._once(trainer)
