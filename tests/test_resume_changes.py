@@ -14,6 +14,7 @@ from PIL import Image
 from run_help import images, run
 from tiny import make_tiny_sd
 
+from hcpdiff.checkpoint import sums
 from hcpdiff.config.load import load
 from hcpdiff.config.schema import RunConfig
 from hcpdiff.errors import CheckpointError, ConfigError
@@ -271,3 +272,33 @@ def test_a_damaged_newest_state_keeps_no_run_from_going_on(place):
     resume_early.check(loaded.config, loaded.plain, place / "run", None, 1)
     with pytest.raises(CheckpointError, match="has done 2 of 2 steps"):
         resume_early.check(replace(loaded.config, train=replace(loaded.config.train, train_steps=2)), loaded.plain, place / "run", 2, 1)
+
+
+def spoil(place, step: int, change) -> None:
+    """As another program may have written it: the checksums hold."""
+    folder = place / "run" / "states" / str(step)
+    record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    change(record)
+    (folder / "state.json").write_text(json.dumps(record), encoding="utf-8")
+    sums.write_sums(folder, {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("state.json", "state.safetensors")})
+
+
+@pytest.mark.parametrize("override", ["train.train_steps=3", "seed=7"])
+def test_a_state_of_another_format_is_told_to_be_one_whatever_else_it_says(place, override):
+    spoil(place, 3, lambda record: record.update(format=1))
+    loaded = load("cfg.yaml", ["train.resume=run", override], RunConfig)
+    resume_early.check(loaded.config, loaded.plain, place / "run", None, 1)
+    with pytest.raises(ConfigError, match="states.3 has format 1, this version reads 2: resume with the version that wrote it"):
+        run("cfg.yaml", "train.resume=run", override)
+
+
+@pytest.mark.parametrize("change", [
+    lambda record: record["tree"]["run"].update(world="1"), lambda record: record["tree"]["run"].update(accumulation=None), lambda record: record["tree"].update(step=3.5),
+    lambda record: record["tree"].update(positions={"one": 3}), lambda record: record["tree"].update(positions=[]), lambda record: record["tree"].update(positions=[[1, "2"]]),
+    lambda record: record["tree"].update(run=[])], ids=["world", "accumulation", "step", "positions", "no_position", "position", "run"])
+def test_a_state_whose_counts_are_no_numbers_is_refused(place, change):
+    spoil(place, 3, change)
+    loaded = load("cfg.yaml", ["train.resume=run", "train.train_steps=4"], RunConfig)
+    resume_early.check(loaded.config, loaded.plain, place / "run", None, 1)
+    with pytest.raises(ConfigError, match="train.resume = 'run': its newest state is not one of a training run: "):
+        run("cfg.yaml", "train.resume=run", "train.train_steps=4")

@@ -18,9 +18,8 @@ from ..errors import CheckpointError, ConfigError
 from . import sums
 from .atomic import sync_folder, write_atomic
 from .io import read_tensors, save_tensors
-from .runs import JSON, STATES, TENSORS, some_states, states
+from .runs import FORMAT, JSON, STATES, TENSORS, some_states, states
 
-FORMAT = 2
 _TENSOR, _PAIRS, _TUPLE = "__tensor__", "__pairs__", "__tuple__"
 
 

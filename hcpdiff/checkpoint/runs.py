@@ -9,6 +9,7 @@ from ..errors import CheckpointError, ConfigError
 STATES = "states"
 SUMS = "SHA256SUMS"  # the list of checksums in a state's folder
 JSON, TENSORS = "state.json", "state.safetensors"  # the state itself
+FORMAT = 2  # of it
 
 
 def states(run: Path) -> list[int]:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import sums
-from ..checkpoint.runs import JSON, STATES, TENSORS, states
+from ..checkpoint.runs import FORMAT, JSON, STATES, TENSORS, states
 from ..config.schema import RunConfig
 from ..errors import CheckpointError, HCPError
-from .compare_config import Changes, compare_configs, compare_images_per_step, is_done, refusals
+from .compare_config import Changes, compare_configs, compare_images_per_step, is_done, odd_counts, refusals
 
 ALSO = "Base model and data have not been compared yet."
 
@@ -31,9 +31,10 @@ def check(cfg: RunConfig, plain: Mapping[str, Any], run: Path, step: int | None,
 def _peek(folder: Path) -> dict[str, Any] | None:
     """A state without its tensors; None where it is not one that can be understood here."""
     try:
-        state = json.loads((folder / JSON).read_text(encoding="utf-8"))["tree"]
-        known = {"config", "world", "accumulation"} <= state["run"].keys() and isinstance(state["step"], int) and isinstance(state["positions"][0][0], int)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        record = json.loads((folder / JSON).read_text(encoding="utf-8"))
+        state = record["tree"]
+        known = record["format"] == FORMAT and not odd_counts(state) and isinstance(state["run"]["config"], Mapping)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return state if known else None
 

@@ -9,7 +9,7 @@ from ..checkpoint.resume import load_state
 from ..checkpoint.runs import STATES
 from ..errors import CheckpointError
 from .compare import compare
-from .compare_config import refusals
+from .compare_config import odd_counts, refusals
 from .state import KEYS, misfits
 
 
@@ -22,6 +22,9 @@ class Resumed:
         lacking = sorted((KEYS | {"run"}) - self.state.keys())
         if lacking:
             raise CheckpointError(f"train.resume = {asked!r}: its newest state is not one of a training run: it lacks {', '.join(lacking)}.")
+        odd = odd_counts(self.state)
+        if odd:
+            raise CheckpointError(f"train.resume = {asked!r}: its newest state is not one of a training run: {', '.join(odd)} cannot be understood.")
         self.step: int = self.state["step"]
         mark = self.folder / STATES / str(self.step)
         self.notices += [f"warning: {path} is not what was saved with {mark}. The state holds the weights itself; the run goes on from those." for path in sums.changed(mark)]
