@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 from torch import nn
@@ -74,8 +74,9 @@ def heartbeat(say: Callable[[str], None], every: float = 0.0) -> Iterator["Heart
     try:
         yield beat
     finally:
-        callback_handler.remove_start_callback(beat.begin)
-        callback_handler.remove_end_callback(beat.end)
+        for remove, callback in ((callback_handler.remove_start_callback, beat.begin), (callback_handler.remove_end_callback, beat.end)):
+            with suppress(ValueError):  # torch._dynamo.reset() has removed it
+                remove(callback)
         beat.stop()
 
 
