@@ -145,6 +145,36 @@ def test_offline_a_model_in_the_cache_is_left_to_be_read(tmp_path, monkeypatch):
     assert not offline_faults("some/other")
 
 
+@pytest.mark.parametrize("environment, named", [({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"), ({"TRANSFORMERS_OFFLINE": "1"}, "TRANSFORMERS_OFFLINE"),
+                                                ({"HF_HUB_OFFLINE": "", "TRANSFORMERS_OFFLINE": "on"}, "TRANSFORMERS_OFFLINE"),
+                                                ({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}, "HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE")])
+def test_the_variables_that_are_set_are_named(monkeypatch, tmp_path, environment, named):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    [fault] = offline_faults("some/model")
+    assert f"and {named} keep" in fault and fault.count("OFFLINE") == named.count("OFFLINE")
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="rights are given up as POSIX does it")
+def test_a_cache_that_cannot_be_looked_at_is_left_to_who_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir(mode=0)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            tmp_path.chmod(0)
+            os.seteuid(65534)
+        assert offline_faults("some/model") == offline_faults("some/model", revision="main") == []
+    finally:
+        os.seteuid(user)
+        tmp_path.chmod(0o700)
+        (tmp_path / "cache").chmod(0o700)
+
+
 def test_offline_a_drawing_tells_it_too(tmp_path):
     (tmp_path / "cfg.yaml").write_text("pretrained_model: some/model\nvae: other/vae\nprompt: a cat\nout_dir: out", encoding="utf-8")
     message, end = command("visualizer", tmp_path)

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -72,18 +73,31 @@ def _cached(source: str, revision: str | None, variant: str | None) -> Path | No
 
 
 def offline_faults(source: str, key: str = MODEL_KEY, revision: str | None = None, files: Sequence[str] = ("model_index.json",)) -> list[str]:
-    """A hub id that is not in the cache, where HF_HUB_OFFLINE forbids to ask for it: at most one fault. Needs no torch.
+    """A hub id that is not in the cache, where OFFLINE forbids to ask for it: at most one fault. Needs no torch.
 
-    files: of which one is there where any of the model is.
+    files: of which one is there where any of the model is. What cannot be looked at is left to who reads it.
     """
-    if not any(os.environ.get(name) for name in OFFLINE) or Path(source).exists() or looks_local(source):
+    if not any(os.environ.get(name) for name in OFFLINE):
         return []
     from huggingface_hub import constants  # this module alone takes no time to import
 
-    if not constants.HF_HUB_OFFLINE or any(_in_cache(Path(constants.HF_HUB_CACHE), name, revision or "main", files) for name in {source, MOVED.get(source, source)}):
-        return []
+    names = [name for name in OFFLINE if os.environ.get(name, "").upper() in constants.ENV_VARS_TRUE_VALUES]
+    with suppress(OSError):
+        if names and constants.HF_HUB_OFFLINE and not _is_there(source, Path(constants.HF_HUB_CACHE), revision or "main", files):
+            return [_offline_fault(source, key, names)]
+    return []
+
+
+def _offline_fault(source: str, key: str, names: Sequence[str]) -> str:
     also = f" Nor is {MOVED[source]}, which holds the same weights." if source in MOVED else ""
-    return [f"{key} = {source!r}: not a local folder, not in the local cache, and HF_HUB_OFFLINE keeps the hub from being asked.{also} Unset it, or name a local folder or file."]
+    keep, them = ("keep", "both") if len(names) > 1 else ("keeps", "it")
+    return (f"{key} = {source!r}: not a local folder, not in the local cache, and {' and '.join(names)} {keep} the hub from being asked.{also} "
+            f"Unset {them}, or name a local folder or file.")
+
+
+def _is_there(source: str, cache: Path, revision: str, files: Sequence[str]) -> bool:
+    """Whether a model is on this machine, or is no hub id."""
+    return Path(source).exists() or looks_local(source) or any(_in_cache(cache, name, revision, files) for name in {source, MOVED.get(source, source)})
 
 
 def _in_cache(cache: Path, name: str, revision: str, files: Sequence[str]) -> bool:
