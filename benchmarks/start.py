@@ -3,8 +3,10 @@
     python benchmarks/start.py                        # SD1.5 of full size, fp32 on a CPU
     python benchmarks/start.py --tiny                 # the demo's small model: here the run's own work is seen best
 
-Both are processes of their own, in turn, files in the system's cache. The run has its latents on disk from a run before, so nothing of caching is in it; its
-parts are listed. The reference imports torch and the models' classes and reads UNet, VAE, text encoder and tokenizer with from_pretrained, in the same dtype.
+All are processes of their own, in turn, files in the system's cache. The run has its latents on disk from a run before, so nothing of caching is in it; its
+parts are listed. The floor is what no run can do without: the same imports, made as the run makes them, and the weights of UNet, text encoder and VAE (whose content
+tells whether cached latents are its own) read and cast one by one, without modules that hold them. Beside it stands what people load: the classes imported, and
+UNet, VAE, text encoder and tokenizer read with from_pretrained, in the same dtype.
 Also measured: how long --help and a mistake in a config take; they have to be below one second.
 """
 
@@ -24,8 +26,7 @@ BOUND, ANSWER = 1.3, 1.0
 
 def keys(args: argparse.Namespace, place: str) -> list[str]:
     """The run's command line."""
-    model = ROOT / "demo" / "model" if args.tiny else args.model
-    return [f"--cfg={ROOT / 'benchmarks' / 'full_size.yaml'}", f"exp_dir={place}/run-{os.getpid()}", f"model.pretrained_model_name_or_path={model}", f"mixed_precision={args.dtype}",
+    return [f"--cfg={ROOT / 'benchmarks' / 'full_size.yaml'}", f"exp_dir={place}/run-{os.getpid()}", f"model.pretrained_model_name_or_path={model_of(args)}", f"mixed_precision={args.dtype}",
             f"data.dataset1.source.data_source1.img_root={ROOT / 'demo' / 'concept'}", f"data.dataset1.source.data_source1.caption_file={ROOT / 'demo' / 'concept'}",
             "data.dataset1.cache_latents=disk", f"data.dataset1.cache_dir={place}/cache", "train.train_steps=1", *([f"train.cpu_threads={args.threads}"] if args.threads else [])]
 
@@ -66,8 +67,36 @@ def run(args: argparse.Namespace, place: str) -> None:
     train_ac_single.main(train_ac_single.parser().parse_args(keys(args, place)))
 
 
+def floor(args: argparse.Namespace) -> None:
+    """What no run can do without: needed imports, and the weights in memory and in their dtype."""
+    from hcpdiff.importing import importing
+    from hcpdiff.quiet import quiet_libraries
+
+    with importing():
+        quiet_libraries()
+        from hcpdiff.families.clip_unet import import_kinds
+
+        import_kinds()
+    import torch
+    from safetensors import safe_open
+
+    from hcpdiff.device import DTYPES
+
+    threads(args)
+    kept = []
+    for part, dtype in (("unet", DTYPES[args.dtype]), ("text_encoder", DTYPES[args.dtype]), ("vae", torch.float32)):
+        (path,) = (model_of(args) / part).glob("*.safetensors")
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                tensor = file.get_tensor(name)  # mapped
+                kept.append(torch.empty(tensor.shape, dtype=dtype, device=args.device).copy_(tensor))
+    _ = kept[-1].view(-1)[0].item()  # a GPU's are there
+    print(json.dumps({"seconds": time.time() - float(os.environ["BEGUN"])}), flush=True)
+    os._exit(0)  # as the run does
+
+
 def reference(args: argparse.Namespace) -> None:
-    """What no run can do without."""
+    """What people load."""
     from hcpdiff.quiet import quiet_libraries
 
     quiet_libraries()
@@ -77,9 +106,8 @@ def reference(args: argparse.Namespace) -> None:
 
     from hcpdiff.device import DTYPES
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    model, dtype = ROOT / "demo" / "model" if args.tiny else args.model, DTYPES[args.dtype]
+    threads(args)
+    model, dtype = model_of(args), DTYPES[args.dtype]
     parts = [AutoencoderKL.from_pretrained(model / "vae", torch_dtype=torch.float32), CLIPTextModel.from_pretrained(model / "text_encoder", dtype=dtype),
              UNet2DConditionModel.from_pretrained(model / "unet", torch_dtype=dtype), CLIPTokenizer.from_pretrained(model / "tokenizer"),
              DDPMScheduler.from_pretrained(model / "scheduler")]
@@ -88,6 +116,19 @@ def reference(args: argparse.Namespace) -> None:
     _ = [number.item() for number in read[-1:]]  # a GPU's are there
     print(json.dumps({"seconds": time.time() - float(os.environ["BEGUN"])}), flush=True)
     os._exit(0)  # as the run does
+
+
+def threads(args: argparse.Namespace) -> None:
+    """As many of torch as the run has."""
+    if args.threads:
+        import torch
+
+        torch.set_num_threads(args.threads)
+
+
+def model_of(args: argparse.Namespace) -> Path:
+    """The folder of the base model."""
+    return ROOT / "demo" / "model" if args.tiny else args.model
 
 
 def child(args: argparse.Namespace, what: str, place: str) -> dict:
@@ -114,24 +155,26 @@ def main() -> None:
     options.add_argument("--model", type=Path, default=FOLDER, help="a model in diffusers format; made where it is missing")
     options.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32")
     options.add_argument("--tiny", action="store_true", help="the demo's model in the place of one of full size")
-    options.add_argument("--child", choices=["run", "fill", "reference"], help=argparse.SUPPRESS)
+    options.add_argument("--child", choices=["run", "fill", "floor", "reference"], help=argparse.SUPPRESS)
     options.add_argument("--place", help=argparse.SUPPRESS)
     args = options.parse_args()
     args.fill = args.child == "fill"
     if args.child:
-        return reference(args) if args.child == "reference" else run(args, args.place)
+        return {"reference": reference, "floor": floor}[args.child](args) if args.child in ("reference", "floor") else run(args, args.place)
     if not args.tiny and not (args.model / "model_index.json").is_file():
         subprocess.run([sys.executable, str(Path(__file__).parent / "make_full_size.py"), str(args.model), f"--device={args.device}"], check=True)
     with tempfile.TemporaryDirectory() as place:
         child(args, "fill", place)
-        made: dict[str, list[dict]] = {"run": [], "reference": []}
+        made: dict[str, list[dict]] = {"run": [], "floor": [], "reference": []}
         in_turn({name: lambda name=name: made[name].append(child(args, name, place)) for name in made}, args.rounds)
         wrong = f"--cfg={ROOT / 'cfgs/train/examples/lora_conventional.yaml'}", "train.nothing=1"
         answers = {} if args.tiny else in_turn({"--help": lambda: answer(["--help"], 0), "a mistake": lambda: answer([*wrong], 2)}, args.rounds)  # they read no model
     seconds = {name: [one["seconds"] for one in all_[1:]] for name, all_ in made.items()}  # the first round does not count
     middle = sorted(made["run"][1:], key=lambda one: one["seconds"])[args.rounds // 2]
     values = {f"{name} s": seconds_[len(seconds_) // 2] for name, seconds_ in ((name, sorted(all_)) for name, all_ in seconds.items())} | {f"{name} s": value for name, value in middle["parts"].items()}
-    figures = [Figure(f"until the first step, {'the demo model' if args.tiny else 'SD1.5'}, {args.dtype}", "imports and from_pretrained", ratios(seconds["run"], seconds["reference"]), BOUND, values=values),
+    what = f"until the first step, {'the demo model' if args.tiny else 'SD1.5'}, {args.dtype}"
+    figures = [Figure(what, "imports and reading", ratios(seconds["run"], seconds["floor"]), BOUND, values=values),
+               Figure(what, "imports and from_pretrained", ratios(seconds["run"], seconds["reference"])),
                *(Figure(f"answer to {name}", "one second", [took / ANSWER for took in all_], 1.0) for name, all_ in answers.items())]
     show("the start", figures, args)
 

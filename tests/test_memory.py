@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from single_models import ldm_state, make_parts, save_single
 from test_run import CONFIG, train  # noqa: F401 - the fixture
@@ -20,7 +21,7 @@ from hcpdiff.config.load import load
 from hcpdiff.config.schema import LoraGroup, ModelConfig, RunConfig
 from hcpdiff.errors import CheckpointError, ConfigError
 from hcpdiff.families import detect
-from hcpdiff.families.base import Models
+from hcpdiff.families.base import Models, fingerprint
 from hcpdiff.families.read_parts import set_weight
 from hcpdiff.families.weight_file import WeightFile
 from hcpdiff.quantized import Plan
@@ -191,6 +192,18 @@ def test_of_a_file_one_tensor_at_a_time_is_held_beside_the_model(tiny_sd1, monke
     file = WeightFile(tiny_sd1 / FILE)
     kept = [file.tensor(name) for name in list(file.shapes)[:3]]
     assert most[0] == 2 and len(kept) == 3, "tensors that are kept are counted"
+
+
+def test_the_mark_of_a_vae_is_that_of_what_was_read_whatever_becomes_of_it(tiny_sd1):
+    """A thread makes it while other parts are read; what is done to the module meanwhile does not count."""
+    base = BaseModel(ModelConfig(pretrained_model_name_or_path=str(tiny_sd1)))
+    models = base.load(torch.float32, ())
+    models.vae.to(torch.bfloat16)
+    models.drop("vae")
+    read = detect(tiny_sd1).load(tiny_sd1, "m", ["vae"]).vae
+    assert base.marks["vae"] == fingerprint(read) == fingerprint(AutoencoderKL.from_pretrained(tiny_sd1 / "vae"))
+    next(read.parameters()).data.view(-1)[0] += 1
+    assert base.marks["vae"] != fingerprint(read)
 
 
 @pytest.mark.parametrize("form,replaced", [("folder", True), ("shards", False), ("single file", False), ("pickle", True)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -128,10 +128,11 @@ class Family(Protocol):
     dense: tuple[str, ...]  # layers of the denoiser that all it takes in and gives out goes through: they are never kept in few bits
 
     def load(self, folder: Path | Place, name: str, parts: Sequence[str] | None, dtype: torch.dtype, vae: str | None = None, variant: str | None = None,
-             key: str = ..., outlines: Sequence[str] = ()) -> Models:
+             key: str = ..., outlines: Sequence[str] = (), seen: Callable[[str, nn.Module], None] | None = None) -> Models:
         """Reads the named parts (None: all), frozen and in eval mode, on the CPU in `dtype` (the VAE in fp32); errors name `key`.
 
         outlines: parts of which everything but the weights' values is wanted now (`Models.read` gets these later). They are checked all the same.
+        seen: called with each part's name and module as soon as it is there.
         """
 
     def check(self, folder: Path | Place, parts: Sequence[str] = ..., vae: str | None = None, key: str = ...) -> None:
@@ -204,11 +205,11 @@ def text_components(family: Family) -> list[Component]:
     return [component for component in family.components if component.role == TEXT]
 
 
-def fingerprint(module: nn.Module) -> str:
-    """sha256 over the module's config, and names, shapes, dtypes and all values of its state: what makes it compute what it computes."""
+def fingerprint(module: nn.Module, state: Mapping[str, Tensor] | None = None) -> str:
+    """sha256 over the module's config, and names, shapes, dtypes and all values of its state (or of the one that it had): what makes it compute what it computes."""
     config = {key: value for key, value in dict(getattr(module, "config", {})).items() if not key.startswith("_")}  # those are paths and versions
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in module.state_dict().items():
+    for name, tensor in (module.state_dict() if state is None else state).items():
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().flatten().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,6 +1,6 @@
 """What Stable Diffusion 1.x, 2.x and XL have in common: CLIP text encoders, a UNet on the latents of an AutoencoderKL, a schedule as DDPM has it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -35,17 +35,20 @@ class ClipUnet:
         return (*(component.name for component in self.components), "vae")
 
     def load(self, folder: Path | Place, name: str, parts: Sequence[str] | None = None, dtype: torch.dtype = torch.float32,
-             vae: str | None = None, variant: str | None = None, key: str = MODEL_KEY, outlines: Sequence[str] = ()) -> Models:
+             vae: str | None = None, variant: str | None = None, key: str = MODEL_KEY, outlines: Sequence[str] = (),
+             seen: Callable[[str, torch.nn.Module], None] | None = None) -> Models:
         """Reads the named parts (None: all) and the tokenizers, frozen and in eval mode, on the CPU in `dtype` (the VAE in fp32); of `outlines` all but the values."""
         place, parts = open_place(folder), self.parts if parts is None else parts
         self.check(place, parts, vae, key)
         models = Models(self, place.path, name, {}, self._tokenizers(place, key), place.config("scheduler"))
-        for part in parts:
+        for part in sorted(parts, key=lambda part: part != "vae"):  # what is done with it may go on beside the others
             if part in outlines:
                 models.modules[part], models.unread[part] = place.outline(self._kind(part), part, dtype, variant, key)
             else:
                 models.modules[part] = self._load_part(place, part, dtype, vae, variant, key)
             models.modules[part].requires_grad_(False).eval()
+            if seen:
+                seen(part, models.modules[part])
         if "vae" in models.modules:  # what latents need of the VAE outlives it
             models.extra["latent_shift"], models.extra["latent_scale"] = latent_affine(models.vae.config)
             self._check_channels(models, key)

@@ -105,8 +105,12 @@ class Folder:
         return self.path / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
 
     def load(self, kind: type, part: str, dtype: Dtype, variant: str | None = None, key: str = MODEL_KEY) -> nn.Module:
-        """By the library's from_pretrained, refused where the files do not hold every weight."""
-        return load_whole(kind, self.path / part, key, options_for(kind, dtype) | ({"variant": variant} if variant is not None else {}))
+        """Its outline, filled."""
+        from .read_parts import CPU
+
+        module, read = self.outline(kind, part, dtype, variant, key)
+        read(module, CPU, None)
+        return module
 
     def outline(self, kind: type, part: str, dtype: Dtype, variant: str | None = None, key: str = MODEL_KEY) -> tuple[nn.Module, Reader]:
         """From the header of the safetensors file that the library would read, where it holds every weight under its own name; anything else is left to the library."""
@@ -119,7 +123,7 @@ class Folder:
                 return outline(kind, config, DIFFUSERS, weights, names, dtype, f"{key}: {self.path / part}")
         except HCPError:  # older names, or a fault, which the library tells
             pass
-        return self.load(kind, part, dtype, variant, key), move
+        return load_whole(kind, self.path / part, key, options_for(kind, dtype) | ({"variant": variant} if variant is not None else {})), move
 
     def tokenizer(self, kind: type, part: str = "tokenizer", key: str = MODEL_KEY) -> Any:
         """From its folder."""

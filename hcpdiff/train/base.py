@@ -3,6 +3,8 @@
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -35,15 +37,28 @@ class BaseModel:
         self.notices = [*notices, *self.place.notices]
         self.geometry = self.family.latent_geometry(self.place)
         self.models: Models | None = None
-        self.marks: dict[str, str] = {}
+        self._vae_mark: Future[str] | None = None
 
     def load(self, dtype: torch.dtype, allow: Sequence[str]) -> Models:
-        """Reads every part, of the denoiser the outline (`Models.read` gets its weights); `marks` hold part -> digest of its weights from then on."""
-        self.models = self.family.load(self.place, self._name(), None, dtype, self.config.vae, self.config.variant, outlines=[denoiser_of(self.family).name])
+        """Reads every part, of the denoiser the outline (`Models.read` gets its weights)."""
+        self.models = self.family.load(self.place, self._name(), None, dtype, self.config.vae, self.config.variant, outlines=[denoiser_of(self.family).name], seen=self._seen)
         self._set_scheduler(allow)
-        self.marks = {component.name: self.place.mark(component.name) for component in self.family.components} | {"vae": fingerprint(self.models.vae)}
         self.place.release()  # the denoiser is read when all that is encoded has been
         return self.models
+
+    def _seen(self, part: str, module: torch.nn.Module) -> None:
+        """A third of a GB is hashed by a thread, while other parts are read."""
+        if part == "vae":
+            pool = ThreadPoolExecutor(1, thread_name_prefix="hcpdiff-mark")
+            self._vae_mark = pool.submit(fingerprint, module, module.state_dict())  # of now: it may be moved meanwhile
+            pool.shutdown(wait=False)
+
+    @cached_property
+    def marks(self) -> dict[str, str]:
+        """Part -> digest of its weights, of a loaded model."""
+        marks = {component.name: self.place.mark(component.name) for component in self.family.components}
+        self.place.release()
+        return marks | {"vae": self._vae_mark.result()}
 
     def read(self, name: str, device: torch.device) -> None:
         """Puts a part on the device; the denoiser's weights are read now, one by one, and kept in few bits where the config says so."""
