@@ -1,8 +1,11 @@
 """What work is done how often, as exact counts: images decoded and hashed, VAE and text encoder called, batches drawn. Seconds are for benchmarks."""
 
+import sys
 import threading
 import time
-from contextlib import closing, contextmanager
+import tracemalloc
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +15,18 @@ from safetensors.torch import save
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import data_scale
+
 from hcpdiff import device as devices
 from hcpdiff import threads
 from hcpdiff.adapters.base import adapted_layers
 from hcpdiff.config.infer_schema import InferConfig
+from hcpdiff.config.load import load
 from hcpdiff.config.schema import PreviewConfig
 from hcpdiff.data import encoding, hashes, image, latent_cache, pack
+from hcpdiff.data.dataset import build_train_data
 from hcpdiff.families import detect
 from hcpdiff.lora_tensors import LoraTensors
 from hcpdiff.vis import attach, preview, request, run
@@ -162,6 +171,23 @@ def test_a_look_into_the_cache_reads_one_file_once_and_parses_once_however_many_
     with counted(monkeypatch, (pack, "open"), (latent_cache, "deserialize")) as calls:
         found = reader.get(keys[count // 2], lambda payload: latent_cache.read_entry(payload, (4, 2, 2), False))
     assert calls == {"open": 1, "deserialize": 1} and found.keys() == entry.keys() and all(torch.equal(found[name], entry[name]) for name in entry)
+
+
+def test_an_image_needs_less_than_1_kb(tmp_path):
+    """Also at the worst moment of a start: the index of a folder of made-up names and headers, and then that of its entries in a cache."""
+    count, config, place = 2000, tmp_path / "cfg.yaml", tmp_path.as_posix()
+    words = data_scale.CONFIG.format(root=data_scale.ROOT.as_posix(), folder=place, captions=f"{place}/captions.jsonl", cache=place)
+    config.write_text(words.replace("262144", "16384"), "utf-8")  # of latents nothing is looked at
+    with ExitStack() as stack:
+        data_scale.made_up(stack, tmp_path, count)
+        settings = load(str(config)).config.data
+        data_scale.fill_cache(build_train_data(settings, seed=1, micro_per_step=1), tmp_path)  # and all imports
+        tracemalloc.start()
+        stack.callback(tracemalloc.stop)
+        data = build_train_data(settings, seed=1, micro_per_step=1)
+        store, memo = latent_cache.DiskStore(tmp_path, data.datasets[0], "vae", 8, 4), hashes.HashMemo(tmp_path / "hashes-1.bin")
+        assert tracemalloc.get_traced_memory()[1] / count < 1024 and memo.digest(data.datasets[0].sources[0].path(count - 1))
+    assert data.images == len(store.packs) == count
 
 
 @pytest.mark.parametrize("mode", ["memory", "disk"])

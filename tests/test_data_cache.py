@@ -318,6 +318,18 @@ def test_the_memo_survives_a_stranger_and_is_bounded_by_what_was_hashed(tmp_path
     assert np.frombuffer(content.digest, np.uint8).size == 32
 
 
+@pytest.mark.parametrize("time", [-10**18, 2**63 + 10**18])
+def test_the_memo_takes_times_before_1970_and_in_some_hundred_years(tmp_path, monkeypatch, time):
+    state = (5, time, time, 2**64 - 1, 2**63)
+    monkeypatch.setattr(hashes, "_state", lambda stat: state)
+    memo = hashes.HashMemo(tmp_path / "memo")
+    memo.remember(tmp_path, hashes.Content(b"", b"d" * 32, state))
+    memo.save()
+    assert hashes.HashMemo(tmp_path / "memo").digest(tmp_path) == b"d" * 32
+    monkeypatch.setattr(hashes, "_state", lambda stat: (5, time + 1, *state[2:]))
+    assert hashes.HashMemo(tmp_path / "memo").digest(tmp_path) is None
+
+
 def test_of_several_entries_of_one_key_the_newest_whole_one_is_served(tmp_path):
     folder = PackFolder(tmp_path / "p")
     key = b"k" * 32

@@ -3,11 +3,15 @@
 import copy
 import hashlib
 import json
+import random
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +21,10 @@ from tiny import make_tiny_sd
 from hcpdiff.checkpoint import sums
 from hcpdiff.config.load import load
 from hcpdiff.config.schema import RunConfig
+from hcpdiff.data.caption import Captions
+from hcpdiff.data.fingerprint import changes, fingerprint
+from hcpdiff.data.source import Source
+from hcpdiff.data.template import Prompter
 from hcpdiff.errors import CheckpointError, ConfigError
 from hcpdiff.train import resume_early
 from hcpdiff.train.compare import compare
@@ -213,8 +221,6 @@ def test_every_key_of_the_config_is_noted_refused_or_of_no_matter(place):
 def test_images_that_are_edited_in_the_middle_of_large_files_are_seen(tmp_path):
     from data_help import build, dataset, folder_of, source
 
-    from hcpdiff.data.fingerprint import changes, fingerprint
-
     root = folder_of(tmp_path / "images", {"a.png": (64, 64), "b/猫.png": (64, 64)})
     before = fingerprint(build(dataset(source(root))).datasets)
     noise = Image.effect_noise((400, 400), 90)
@@ -227,6 +233,49 @@ def test_images_that_are_edited_in_the_middle_of_large_files_are_seen(tmp_path):
     assert (root / "a.png").stat().st_size == size  # uncompressed: only the checksum at the end of the stream tells
     assert changes(first, fingerprint(build(dataset(source(root))).datasets)) == ["data.d0.source.s0: 1 images have other content: a.png"]
     assert changes(first, first) == [] and all(tensor.dtype == torch.uint8 for tensor in (first["d0"]["s0"]["names"], first["d0"]["s0"]["images"]))
+
+
+def source_of(root, names: list[str], captions: list[str | None]):
+    """An image folder, as the index has it; the files are no images, and are not looked into for that."""
+    return Source("s", str(root), names, np.zeros((len(names), 2), np.int32), Captions(captions, "text"), Prompter(("a {caption}",), {}, False, 0, 0.0, 0.0, 0.0), None, 1, False, (0, 0, 0))
+
+
+def marks_of(source) -> dict:
+    return fingerprint([SimpleNamespace(name="d", sources=[source])])["d"]["s"]
+
+
+def test_marks_of_images_are_those_that_older_states_hold(tmp_path):
+    """Of each part its length in 8 bytes and itself; of a file longer than 16 KiB its length and 4 samples."""
+    draws, sizes = random.Random(3), [0, 1, 4096, 16384, 16385, 20001, 300_007]
+    names = [f"{size}.png" for size in sizes] + ["gone.png"]
+    contents = [draws.randbytes(size) for size in sizes] + [b""]
+    for name, content in zip(names[:-1], contents):
+        (tmp_path / name).write_bytes(content)
+
+    def mark(part: bytes) -> bytes:
+        return hashlib.blake2b(len(part).to_bytes(8, "little") + part, digest_size=8).digest()
+
+    def sampled(content: bytes) -> bytes:
+        last = len(content) - 4096
+        return content if len(content) <= 16384 else len(content).to_bytes(8, "little") + b"".join(content[last * n // 3:][:4096] for n in range(4))
+
+    captions = [None, "", *"abcdef"]
+    found = marks_of(source_of(tmp_path, names * 30, captions * 30))  # more than a thread is given at a time
+    assert found["images"].numpy().tobytes() == b"".join(mark(sampled(content)) for content in contents) * 30
+    assert found["captions"].numpy().tobytes() == b"".join(mark(b"none" if text is None else b"text" + text.encode()) for text in captions) * 30
+
+
+def test_marks_need_few_bytes_of_memory_an_image(tmp_path):
+    """Not what waits for a thread, of all images at once."""
+    count = 1500
+    (tmp_path / "a.png").write_bytes(bytes(20_000))
+    source = source_of(tmp_path, ["a.png"] * count, ["a caption"] * count)
+    tracemalloc.start()
+    try:
+        marks_of(source)
+        assert tracemalloc.get_traced_memory()[1] / count < 400
+    finally:
+        tracemalloc.stop()
 
 
 # ---- told before torch is read ------------------------------------------------------------------------------------------------------------------------

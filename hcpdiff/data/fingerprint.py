@@ -7,18 +7,19 @@ compressed, so an edit changes the length or what follows. Marks say whether fil
 import hashlib
 import os
 import zlib
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..threads import mapped
 from .files import shown
 from .sample import TrainDataset
 from .source import Source
 
 _BYTES = 8  # of a mark
+_THREADS = 8
 _SAMPLES, _SAMPLE = 4, 4096
 _MOST = 2**28  # bytes of all names of a source
 _NAMES = 3  # names shown of what has changed
@@ -28,24 +29,23 @@ Fingerprint = Mapping[str, Mapping[str, Mapping[str, Any]]]  # dataset -> source
 
 def fingerprint(datasets: Sequence[TrainDataset]) -> Fingerprint:
     """Names, image marks, caption marks of every source, as small uint8 tensors; a mark of its templates. An image and its mask have one mark."""
-    with ThreadPoolExecutor(8) as pool:
-        return {data.name: {source.name: _of_source(source, pool) for source in data.sources} for data in datasets}
+    return {data.name: {source.name: _of_source(source) for source in data.sources} for data in datasets}
 
 
-def _of_source(source: Source, pool: ThreadPoolExecutor) -> dict[str, Any]:
+def _of_source(source: Source) -> dict[str, Any]:
     def mark(number: int) -> bytes:
         paths = [source.path(number)] + ([source.masks[number]] if source.masks else [])
         return _mark(*map(_sample, paths))
 
-    captions = [_mark(b"none" if text is None else b"text" + _utf8(text)) for text in source.captions.texts]
-    return {"names": torch.frombuffer(bytearray(zlib.compress(_utf8("\0".join(source.keys)))), dtype=torch.uint8), "images": _table(pool.map(mark, range(len(source.keys)))),
-            "captions": _table(captions), "templates": _mark(*(_utf8(repr(template)) for template in source.prompter.templates)).hex()}
+    captions = (_mark(b"none" if text is None else b"text" + _utf8(text)) for text in source.captions.texts)
+    return {"names": torch.frombuffer(bytearray(zlib.compress(_utf8("\0".join(source.keys)))), dtype=torch.uint8),
+            "images": _table(mapped(mark, range(len(source.keys)), _THREADS)), "captions": _table(captions), "templates": _mark(*(_utf8(repr(template)) for template in source.prompter.templates)).hex()}
 
 
 def _sample(path: str) -> bytes:
     """Length and samples of a file; a file that cannot be read has the mark of an empty one, since whoever trains on it will say so."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=_SAMPLE) as file:  # the default buffer is as large as the file system says: a network's is up to 1 MiB
             size = os.fstat(file.fileno()).st_size
             if size <= _SAMPLES * _SAMPLE:
                 return file.read()
@@ -65,7 +65,7 @@ def _mark(*parts: bytes) -> bytes:
     return digest.digest()
 
 
-def _table(marks) -> torch.Tensor:
+def _table(marks: Iterable[bytes]) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(b"".join(marks), dtype=np.uint8).copy()).reshape(-1, _BYTES)
 
 

@@ -7,19 +7,19 @@ tick of the clock. Windows has no such ctime: there every file is hashed at each
 
 import contextlib
 import hashlib
+import itertools
 import os
 import struct
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from .pack import write_whole
 
 _MAGIC = b"HCPHASH1"
 _HEAD = struct.Struct("<8sQ32s")
-_RECORD = np.dtype([("path", "V16"), ("size", "<i8"), ("mtime", "<i8"), ("ctime", "<i8"), ("inode", "<u8"), ("device", "<u8"), ("digest", "V32")])
+_NAME, _STATE, _DIGEST = 16, struct.Struct("<5Q"), 32  # of a record: digest of the path; size, mtime, ctime, inode, device; digest of the content
+_RECORD = _NAME + _STATE.size + _DIGEST
 _RACY_NS = 2_000_000_000
 _TRUSTED = os.name == "posix"
 
@@ -51,14 +51,15 @@ def _state(stat: os.stat_result) -> tuple[int, int, int, int, int]:
 
 
 class HashMemo:
-    """Remembered digests, kept in one file that is replaced whole. Losing it costs time, never correctness."""
+    """Remembered digests, kept in one file that is replaced whole. Losing it costs time, never correctness. Some 200 bytes of memory a file: records stay packed."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._known = self._load()
-        self._new: dict[bytes, tuple[tuple[int, ...], bytes]] = {}
+        self._new: dict[bytes, bytes] = {}
 
-    def _load(self) -> dict[bytes, tuple[tuple[int, ...], bytes]]:
+    def _load(self) -> dict[bytes, bytes]:
+        """Name -> state and digest."""
         try:
             raw = self.path.read_bytes()
         except OSError:
@@ -66,11 +67,10 @@ class HashMemo:
         if len(raw) < _HEAD.size:
             return {}
         magic, count, digest = _HEAD.unpack_from(raw)
-        body = raw[_HEAD.size:]
-        if magic != _MAGIC or len(body) != count * _RECORD.itemsize or hashlib.blake2b(body, digest_size=32).digest() != digest:
+        body = memoryview(raw)[_HEAD.size:]
+        if magic != _MAGIC or len(body) != count * _RECORD or hashlib.blake2b(body, digest_size=32).digest() != digest:
             return {}
-        rows = np.frombuffer(body, dtype=_RECORD).tolist()
-        return {bytes(path): (tuple(state), bytes(found)) for path, *state, found in rows}
+        return {bytes(body[at:at + _NAME]): bytes(body[at + _NAME:at + _RECORD]) for at in range(0, len(body), _RECORD)}
 
     def digest(self, path: str | Path) -> bytes | None:
         """The file's digest if it is remembered and the file looks unchanged."""
@@ -79,14 +79,14 @@ class HashMemo:
         if known is None or not _TRUSTED:
             return None
         try:
-            return known[1] if _state(os.stat(path)) == known[0] else None
+            return known[_STATE.size:] if _packed(_state(os.stat(path))) == known[:_STATE.size] else None
         except OSError:
             return None
 
     def remember(self, path: str | Path, content: Content) -> None:
         """Keep a digest for the next time."""
         if content.state is not None:
-            self._new[_name(path)] = (content.state, content.digest)
+            self._new[_name(path)] = _packed(content.state) + content.digest
 
     def save(self) -> None:
         """Write what is new, beside what other processes have written meanwhile; then forget all, for memory's sake."""
@@ -94,10 +94,13 @@ class HashMemo:
         self._known, self._new = {}, {}
         if not new:
             return
-        records = np.array([(name, *state, digest) for name, (state, digest) in {**known, **new}.items()], dtype=_RECORD)
-        body = records.tobytes()
+        body = b"".join(itertools.chain.from_iterable((known | new).items()))
         with contextlib.suppress(OSError):  # full or read-only disk; Windows, while another process reads the file: they will be hashed again
-            write_whole(self.path, _HEAD.pack(_MAGIC, len(records), hashlib.blake2b(body, digest_size=32).digest()) + body)
+            write_whole(self.path, _HEAD.pack(_MAGIC, len(body) // _RECORD, hashlib.blake2b(body, digest_size=32).digest()) + body)
+
+
+def _packed(state: tuple[int, ...]) -> bytes:
+    return _STATE.pack(*(number % 2**64 for number in state))  # times before 1970, or in 300 years, as they come
 
 
 def _name(path: str | Path) -> bytes:

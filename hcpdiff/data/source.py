@@ -7,14 +7,14 @@ Every function appends what is wrong to a list of faults, so that one message ca
 import difflib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..threads import mapped
 from . import image as pixels
 from .caption import Captions, check_caption_file, load_captions
 from .files import list_below, shown
@@ -170,12 +170,9 @@ def reason(error: BaseException, path: str) -> str:
     return str(error) or type(error).__name__
 
 
-def _parallel(work: Callable[[Any], Any], items: list[Any]) -> Iterable[Any]:
+def _parallel(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
     """Results in order; threads, since reading headers waits on the disk and decoding releases the interpreter lock."""
-    if len(items) < 8:
-        return map(work, items)
-    with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
-        return list(pool.map(work, items, chunksize=1))
+    return map(work, items) if len(items) < 8 else mapped(work, items, min(8, 2 * (os.cpu_count() or 1)))
 
 
 def _caption_faults(captions: Captions, config: Any, keys: list[str], where: str, faults: list[str]) -> None:
