@@ -4,7 +4,8 @@
     python benchmarks/data_scale.py --simulate                          # no pictures: names, headers and the state of files are made up
     python benchmarks/data_scale.py --simulate --first --images 100000 1000000
 
-Each number of images is measured in a process of its own. No picture is decoded: only headers are read. Simulated, everything that asks the disk for an
+Each number of images is measured in a process of its own, once in each of the --rounds. No picture is decoded: only headers are read, and of real ones the samples that tell a resumed run
+whether they have changed, with the highest that both hold meanwhile, in a pass that is not timed. Simulated, everything that asks the disk for an
 image is left out, so the figures show what we add and how it grows; a disk cache of as many entries is there as well (index and memo of hashes as they are on
 disk, one payload for each size), and a second start goes through it; it reads and checks every entry, 131 KB each, which a fast disk or many cores shorten.
 """
@@ -15,11 +16,15 @@ import gc
 import itertools
 import json
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -123,6 +128,7 @@ def measure(folder: Path, count: int, simulate: bool, first: bool) -> dict:
     """Seconds and bytes of each part for the first `count` images."""
     from hcpdiff.config.load import load
     from hcpdiff.data.dataset import build_train_data
+    from hcpdiff.data.fingerprint import fingerprint
     from hcpdiff.families import detect
 
     with ExitStack() as stack, tempfile.TemporaryDirectory() as place:
@@ -137,7 +143,23 @@ def measure(folder: Path, count: int, simulate: bool, first: bool) -> dict:
         data = build_train_data(settings, seed=1, micro_per_step=1)
         found = {"images": data.images, "index s": time.perf_counter() - started, "index bytes": (held() - before) / data.images}
         found["1000 steps' prompts s"] = steps(data)
+        if not simulate:
+            started = time.perf_counter()
+            fingerprint(data.datasets)
+            found["fingerprint s"] = time.perf_counter() - started
+            found["index peak bytes"] = highest(lambda: build_train_data(settings, seed=1, micro_per_step=1)) / data.images
+            found["fingerprint peak bytes"] = highest(lambda: fingerprint(data.datasets)) / data.images
         return found | (second_start(data, Path(place) / "cache", settings) if simulate and not first else {})
+
+
+def highest(work: Callable[[], object]) -> int:
+    """Bytes that Python holds for a piece of work at its highest."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def steps(data) -> float:
@@ -179,8 +201,11 @@ def figures(rows: list[dict], simulate: bool) -> list[Figure]:
     out = []
     for row in rows:
         name, size = f"{kind}{row['images']:,} images", row["index bytes"] + row.get("cache bytes", 0)
+        peaks = {key: row[key] for key in ("index peak bytes", "fingerprint peak bytes") if key in row}
         out.append(Figure(f"index of {name}", "a minute for 100,000", [row["index s"] / row["images"] * 100_000 / 60], 1.0, values={"s": row["index s"], "1000 steps' prompts s": row["1000 steps' prompts s"]}))
-        out.append(Figure(f"memory, {name}", "1 KB an image", [size / 1024], 1.0, values={"index bytes": row["index bytes"], "cache bytes": row.get("cache bytes", 0)}))
+        out.append(Figure(f"memory, {name}", "1 KB an image", [max(size, *peaks.values(), 0) / 1024], 1.0, values={"index bytes": row["index bytes"], "cache bytes": row.get("cache bytes", 0), **peaks}))
+        if "fingerprint s" in row:
+            out.append(Figure(f"fingerprint of {name}", "a minute for 100,000", [row["fingerprint s"] / row["images"] * 100_000 / 60], values={"s": row["fingerprint s"]}))
         if "second start s" in row:
             out.append(Figure(f"second start, {name}", "a minute for 100,000", [row["second start s"] / row["images"] * 100_000 / 60], values={"s": row["second start s"], "lookup ms": row["lookup ms"]}))
     if large is not small:
@@ -191,6 +216,12 @@ def figures(rows: list[dict], simulate: bool) -> list[Figure]:
         if "lookup ms" in row:
             out.append(Figure(f"lookup at {kind}{large['images']:,}", span, [large["lookup ms"] / small["lookup ms"]], 1.5))
     return out
+
+
+def together(rounds: list[list[Figure]]) -> list[Figure]:
+    """Each figure with the ratios of all rounds and the medians of its values."""
+    return [replace(same[0], ratios=[ratio for figure in same for ratio in figure.ratios], values={name: statistics.median(figure.values[name] for figure in same) for name in same[0].values})
+            for same in zip(*rounds, strict=True)]
 
 
 def main() -> None:
@@ -205,17 +236,19 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(args.one, args.images[0], args.simulate, args.first)))
         return
-    rows = []
+    counts, rows = args.images or ([20_000, 80_000] if args.simulate else [25_000, 50_000, 100_000]), []
     with tempfile.TemporaryDirectory() as place:
-        for count in args.images or ([20_000, 80_000] if args.simulate else [25_000, 50_000, 100_000]):
+        for _, count in itertools.product(range(args.rounds), counts):
             folder = (args.folder or Path(place)) / str(count)
             if not folder.is_dir() and not args.simulate:
                 folder.mkdir(parents=True)
                 make_folder(folder, count)
             command = [sys.executable, __file__, "--one", str(folder), "--images", str(count), *(["--simulate"] * args.simulate), *(["--first"] * args.first)]
-            rows.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]))
-            print(rows[-1], flush=True)
-    show("A large folder", figures(rows, args.simulate), args)
+            row = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+            print(row, flush=True)
+            rows.append(row)
+    each = [rows[first:first + len(counts)] for first in range(0, len(rows), len(counts))]
+    show("A large folder", together([figures(of_round, args.simulate) for of_round in each]), args)
 
 
 if __name__ == "__main__":

@@ -201,8 +201,11 @@ def test_data_scale_runs_on_a_folder(tmp_path, monkeypatch, capsys):
     data.main()
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     found = data.figures([row, row | {"images": 120}], False)
-    assert row["images"] == 60 and [figure.what for figure in found] == [*(f"{what} {count} images" for count in (60, 120) for what in ("index of", "memory,")), "index an image at 120"]
+    assert row["images"] == 60 and [figure.what for figure in found] == [*(f"{what} {count} images" for count in (60, 120) for what in ("index of", "memory,", "fingerprint of")), "index an image at 120"]
     assert all(math.isfinite(figure.median) for figure in found)
+    assert [len(figure.ratios) for figure in data.together([found, found])] == [2] * len(found)  # of two rounds
+    memory = found[1]
+    assert memory.values["fingerprint peak bytes"] > 0 and memory.median * 1024 >= max(memory.values["index peak bytes"], memory.values["fingerprint peak bytes"])
 
 
 @pytest.mark.long
