@@ -279,14 +279,16 @@ data:
 
 
 def noted(*words):
-    """A run of two steps; rank 0 keeps in noted.pt what all processes together give to each step, and the types of half-precision copies that were multiplied with."""
+    """A run of two steps; rank 0 keeps in noted.pt what all processes together give to each step, the types of half-precision copies that were multiplied with, and how many
+    numbers it summed up with the others at a time."""
     def work(rank):
-        gradients, copies, clip, fresh = [], [], Gradients.clip, Shadow.fresh
+        gradients, copies, sums, clip, fresh, add = [], [], [], Gradients.clip, Shadow.fresh, torch.distributed.all_reduce
         Gradients.clip = lambda self, *most: gradients.append(self.values.clone()) or clip(self, *most)
         Shadow.fresh = lambda self: copies.append(self.dtype) or fresh(self)
+        torch.distributed.all_reduce = lambda tensor, *args, **keys: sums.append(tensor.numel()) or add(tensor, *args, **keys)
         code = whole(*words, config=JOINT)(rank)
         if rank == 0:
-            torch.save((gradients, copies), "noted.pt")
+            torch.save((gradients, copies, sums), "noted.pt")
         return code
     return work
 

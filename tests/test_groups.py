@@ -152,8 +152,9 @@ def test_the_gradients_of_two_processes_are_those_of_one_over_their_joint_batch(
     a batch's size."""
     joint, halves = ended(f"joint{precision}"), ended(f"halves{precision}")
     assert joint.codes == [0] and halves.codes == [0, 0], (joint.said, halves.said)
-    (one, copies), (two, others) = (torch.load(group.folder / "noted.pt") for group in (joint, halves))
+    (one, copies, alone), (two, others, sums) = (torch.load(group.folder / "noted.pt") for group in (joint, halves))
     assert copies == others == [torch.bfloat16] * (2 if precision else 0)
+    assert not alone and len(sums) == len(two) == 2 and all(count >= part.numel() for count, part in zip(sums, two))  # each step's gradients at once
     for a, b in zip(one, two, strict=True):
         assert 0 < a.norm() and (a - b).norm() <= most * a.norm()
 
