@@ -2,9 +2,11 @@
 
 import functools
 import sys
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import run_help
@@ -12,6 +14,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from test_adapters import IN_PLACE
 from test_run import CONFIG
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
@@ -25,10 +29,12 @@ from hcpdiff.config.load import load
 from hcpdiff.config.schema import RunConfig
 from hcpdiff.families.base import Models
 from hcpdiff.families.sd import StableDiffusion
+from hcpdiff.families.sdxl import StableDiffusionXL
 from hcpdiff.train.parallel import Parallel
 from hcpdiff.train.run import Run
 
 RANK = 8
+FAMILIES = {"sd1": StableDiffusion, "sdxl": StableDiffusionXL}
 
 
 @functools.cache
@@ -42,36 +48,42 @@ def make(family: str, pixels: int) -> tuple[UNet2DConditionModel, Batch]:
         return unet, Batch(latents, torch.ones(1, dtype=torch.int64), torch.randn(1, 77, unet.config.cross_attention_dim), latents, added)
 
 
-def models_of(unet: UNet2DConditionModel) -> Models:
+def models_of(unet: UNet2DConditionModel, family: str) -> Models:
     """What a family needs to know of it."""
-    return Models(StableDiffusion(), None, "sd1", {"unet": unet}, {}, {})
+    return Models(FAMILIES[family](), None, family, {"unet": unet}, {}, {})
 
 
-@pytest.fixture
-def checkpointed():
-    """SD1's UNet as a run checkpoints it; afterwards it is as it was."""
-    unet, batch = make("sd1", 512)
-    StableDiffusion().checkpointing(models_of(unet), "unet")
-    yield unet, batch
-    unet.disable_gradient_checkpointing()
+@contextmanager
+def checkpointing(family: str, pixels: int):
+    """A UNet as a run checkpoints it, and a batch; afterwards it is as it was."""
+    unet, batch = make(family, pixels)
+    FAMILIES[family]().checkpointing(models_of(unet, family), "unet")
+    try:
+        yield unet, batch
+    finally:
+        unet.disable_gradient_checkpointing()
+
+
+def convolutions(unet: UNet2DConditionModel) -> dict[str, torch.nn.Conv2d]:
+    """Path -> layer: 3 x 3 of the resnets, 1 x 1 before the transformers."""
+    return {path: layer for path, layer in unet.named_modules() if path.endswith(("conv1", "conv2", "proj_in"))}
 
 
 @functools.cache
-def flops(way: str, family: str, pixels: int) -> tuple[int, int]:
-    """(of forward and backward, of the low-rank products) of a step. Clipping and the optimizer multiply no matrices, so they do not count; a loop's need numbers,
-    so only ours and the floor run without.
+def flops(way: str, family: str, pixels: int, trained=targets) -> tuple[int, int]:
+    """(of forward and backward, of the low-rank products) of a step. Clipping and the optimizer multiply no matrices, so they do not count.
 
     Of N rows, a layer's LoRA multiplies down and up in the forward pass, the gradients of both and of what is between them in the backward pass, and the gradient of
     the input where something before it is trained.
     """
     (unet, batch), low = make(family, pixels), []
 
-    def look(layer, args) -> None:
-        rows, wide, out = args[0].numel() // layer.in_features, layer.in_features, layer.out_features
-        low.append(2 * rows * RANK * ((2 + args[0].requires_grad) * wide + 3 * out))
+    def look(layer, args, result) -> None:
+        wide, out = layer.weight[0].numel(), layer.weight.shape[0]  # a convolution's row is a pixel that it makes, out of all that it looks at
+        low.append(2 * (result.numel() // out) * RANK * ((2 + args[0].requires_grad) * wide + 3 * out))
 
-    with WAYS[way](unet, batch, RANK) as step:
-        marks = [layer.register_forward_pre_hook(look) for layer in targets(unet).values()]
+    with mock.patch("ways.targets", trained), WAYS[way](unet, batch, RANK) as step:
+        marks = [layer.register_forward_hook(look) for layer in trained(unet).values()]
         with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
             step()
         for mark in marks:
@@ -95,11 +107,16 @@ def test_the_extra_flops_are_the_low_rank_products_and_nothing_else(family, pixe
     assert lora - bare == low and 1 < lora / bare <= 1.02
 
 
-def computed_again(unet: UNet2DConditionModel, batch: Batch) -> int:
+def test_of_convolutions_too():
+    (bare, _), (lora, low) = flops("floor", "sd1", 512, convolutions), flops("ours", "sd1", 512, convolutions)
+    assert lora - bare == low and 1 < lora / bare <= 1.02
+
+
+def computed_again(unet: UNet2DConditionModel, batch: Batch, family: str) -> int:
     """FLOPs of what checkpointing computes a second time, told by a run without it: of each transformer block and resnet all but the last layer's output, which
     nothing in the block reads. diffusers computes the middle's first resnet once, and a resnet before all that is trained keeps nothing, so needs nothing.
     """
-    blocks, names, leaves = StableDiffusion().regions(models_of(unet), "unet"), {module: name for name, module in unet.named_modules()}, []
+    blocks, names, leaves = FAMILIES[family]().regions(models_of(unet, family), "unet"), {module: name for name, module in unet.named_modules()}, []
     learning = {}
     marks = [block.register_forward_hook(lambda block, args, out: learning.update({block: out.requires_grad})) for block in blocks]
     marks += [layer.register_forward_hook(lambda layer, args, out: leaves.append((layer, out))) for layer in names if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
@@ -119,21 +136,21 @@ def computed_again(unet: UNet2DConditionModel, batch: Batch) -> int:
 
 
 @pytest.mark.parametrize("way", ["floor", "ours"])
-def test_checkpointing_computes_each_block_again_but_for_its_last_product(way, checkpointed):
-    """About three quarters of a forward pass. With a LoRA in the last layer only its rank numbers a row come again: so the layer must keep them before it multiplies."""
-    unet, batch = checkpointed
-    with WAYS[way](unet, batch, RANK) as step:
+@pytest.mark.parametrize(("family", "pixels", "share"), [("sd1", 512, 0.74), pytest.param("sdxl", 1024, 0.76, marks=pytest.mark.long)])
+def test_checkpointing_computes_each_block_again_but_for_its_last_product(way, family, pixels, share):
+    """So less than a forward pass. With a LoRA in the last layer only its rank numbers a row come again: so the layer must keep them before it multiplies."""
+    with checkpointing(family, pixels) as (unet, batch), WAYS[way](unet, batch, RANK) as step:
         with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
             step()
         unet.disable_gradient_checkpointing()
-        again = computed_again(unet, batch)
-    assert counter.get_total_flops() - flops(way, "sd1", 512)[0] == again and 0.7 < again / forward("sd1", 512) < 0.75
+        again = computed_again(unet, batch, family)
+    assert counter.get_total_flops() - flops(way, family, pixels)[0] == again and abs(again / forward(family, pixels) - share) < 0.02
 
 
 Storages = dict[int, torch.UntypedStorage]
 
 
-def kept(way: str, unet, batch: Batch) -> tuple[Storages, Storages, int]:
+def kept(way: str, unet, batch: Batch, trained=targets) -> tuple[Storages, Storages, int]:
     """What a step's forward keeps for its backward beside the model's parameters, the inputs of what would be trained (distinct storages), and how many rows all
     those layers get."""
     held, inputs, rows = {}, {}, []
@@ -142,12 +159,13 @@ def kept(way: str, unet, batch: Batch) -> tuple[Storages, Storages, int]:
         place[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    def look(layer, args) -> None:
-        rows.append(note(inputs, args[0]).numel() // layer.in_features)
+    def look(layer, args, result) -> None:
+        note(inputs, args[0])
+        rows.append(result.numel() // layer.weight.shape[0])
 
-    with WAYS[way](unet, batch, RANK) as step:
+    with mock.patch("ways.targets", trained), WAYS[way](unet, batch, RANK) as step:
         own = {tensor.untyped_storage()._cdata for tensor in (*unet.parameters(), *unet.buffers())}
-        marks = [layer.register_forward_pre_hook(look) for layer in targets(unet).values()]
+        marks = [layer.register_forward_hook(look) for layer in trained(unet).values()]
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: note(held, tensor), lambda tensor: tensor):
             step()
         for mark in marks:
@@ -171,8 +189,51 @@ def test_a_lora_keeps_each_input_once_and_rank_numbers_a_row_and_nothing_else(dt
     assert size(ours) == size(bare) + size(inputs) + rows * RANK * dtype.itemsize + copy
 
 
-def test_checkpointing_keeps_no_more_with_a_lora_than_without(checkpointed):
-    bare, ours = kept("floor", *checkpointed)[0], kept("ours", *checkpointed)[0]
+def test_a_lora_of_a_convolution_keeps_rank_numbers_a_pixel_and_nothing_else():
+    """Pixels are what it makes. Its input the floor keeps too, for the norm before it."""
+    made = make("sd1", 512)
+    (bare, _, _), (ours, inputs, rows) = kept("floor", *made, convolutions), kept("ours", *made, convolutions)
+    first = next(iter(inputs.values()))  # nothing before the first of them learns, so the floor has not kept it
+    assert len(ours) == len(bare) + len(convolutions(made[0])) + 1
+    assert size(ours) == size(bare) + rows * RANK * 4 + first.nbytes()
+
+
+class Written(TorchDispatchMode):
+    """Counts the bytes of what operations make, views left out."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        read, made = ([tensor for tensor in tree_leaves(part) if isinstance(tensor, torch.Tensor)] for part in ((args, kwargs), out))
+        places = {tensor.untyped_storage()._cdata for tensor in read}
+        self.bytes += sum(tensor.nbytes for tensor in made if tensor.untyped_storage()._cdata not in places)
+        return out
+
+
+def test_a_step_writes_and_keeps_less_than_pefts():
+    """On a device that waits for its memory, a step takes as long as that."""
+    written, held = {}, {}
+    unet, batch = make("sd1", 512)
+    for way in ("floor", "ours", "loop"):
+        storages = {}
+        with WAYS[way](unet, batch, RANK) as step:
+            own = {tensor.untyped_storage()._cdata for tensor in (*unet.parameters(), *unet.buffers())}
+
+            def keep(tensor, storages=storages):
+                storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Written() as counter:
+                step()
+        written[way], held[way] = counter.bytes, size({key: storage for key, storage in storages.items() if key not in own})
+    assert written["floor"] < written["ours"] < written["floor"] + 0.1 * (written["loop"] - written["floor"])
+    assert held["floor"] < held["ours"] <= held["loop"]
+
+
+def test_checkpointing_keeps_no_more_with_a_lora_than_without():
+    with checkpointing("sd1", 512) as checkpointed:
+        bare, ours = kept("floor", *checkpointed)[0], kept("ours", *checkpointed)[0]
     assert (len(ours), size(ours)) == (len(bare), size(bare))
 
 
