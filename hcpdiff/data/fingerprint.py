@@ -39,7 +39,8 @@ def _of_source(source: Source) -> dict[str, Any]:
 
     captions = (_mark(b"none" if text is None else b"text" + _utf8(text)) for text in source.captions.texts)
     return {"names": torch.frombuffer(bytearray(zlib.compress(_utf8("\0".join(source.keys)))), dtype=torch.uint8),
-            "images": _table(mapped(mark, range(len(source.keys)), _THREADS)), "captions": _table(captions), "templates": _mark(*(_utf8(repr(template)) for template in source.prompter.templates)).hex()}
+            "images": _table(mapped(mark, range(len(source.keys)), _THREADS)), "captions": _table(captions),
+            "templates": _mark(*(_utf8(repr(template)) for template in source.prompter.templates)).hex()}
 
 
 def _sample(path: str) -> bytes:
