@@ -214,7 +214,7 @@ def encoding(folder: Path, pixels: int) -> int:
 
 NOTHING = "–"
 CARD = {"en": "card", "zh": "显卡"}
-SAVING = {"en": {True: "with checkpointing", False: "without"}, "zh": {True: "开启检查点", False: "不开启"}}
+SAVING = {"en": {True: "with checkpointing, ", False: "without checkpointing, "}, "zh": {True: "开启梯度检查点，", False: "不开启梯度检查点，"}}
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -235,7 +235,7 @@ def tables(sums: Sums, language: str) -> str:
     for checkpointing, batch in dict.fromkeys((checkpointing, batch) for batch, checkpointing, _ in sums):
         needs.append([str(checkpointing).lower(), str(batch), *(f"{sums[batch, checkpointing, kind] / GIB:.1f}" for kind in QUANTIZE)])
     ways = list(product((True, False), QUANTIZE))
-    fits = [[CARD[language], *(f"{SAVING[language][checkpointing]}, `quantize: {kind or 'null'}`" for checkpointing, kind in ways)]]
+    fits = [[CARD[language], *(f"{SAVING[language][checkpointing]}`quantize: {kind or 'null'}`" for checkpointing, kind in ways)]]
     fits += [[f"{card} GB", *(largest(sums, card, *way) for way in ways)] for card in CARDS]
     return f"{table(needs)}\n{table(fits)}"
 

@@ -4,9 +4,9 @@
     python benchmarks/start.py --tiny                 # the demo's small model: here the run's own work is seen best
 
 All are processes of their own, in turn, files in the system's cache. The run has its latents on disk from a run before, so nothing of caching is in it; its
-parts are listed. The floor is what no run can do without: the same imports, made as the run makes them, and the weights of UNet, text encoder and VAE (whose content
-tells whether cached latents are its own) read and cast one by one, without modules that hold them. Beside it stands what people load: the classes imported, and
-UNet, VAE, text encoder and tokenizer read with from_pretrained, in the same dtype.
+parts are listed. The floor is what no run can do without: the packages that a run imports, in the way that it imports them, and the weights of UNet, text
+encoder and VAE (whose content tells whether cached latents are its own) read and cast one by one, without modules that hold them. Beside it stands what people
+load: the classes imported, and UNet, VAE, text encoder and tokenizer read with from_pretrained, in the same dtype.
 Also measured: how long --help and a mistake in a config take; they have to be below one second.
 """
 
@@ -68,16 +68,22 @@ def run(args: argparse.Namespace, place: str) -> None:
 
 
 def floor(args: argparse.Namespace) -> None:
-    """What no run can do without: needed imports, and the weights in memory and in their dtype."""
+    """What no run can do without: the other packages, and the weights in memory and in their dtype."""
     from hcpdiff.importing import importing
     from hcpdiff.quiet import quiet_libraries
 
     with importing():
         quiet_libraries()
+        import accelerate
+        import hydra.utils
+        import rich.progress
+        import rich.table
+        import torch.utils.tensorboard
+
         from hcpdiff.families.clip_unet import import_kinds
 
         import_kinds()
-    import torch
+    del accelerate, hydra, rich
     from safetensors import safe_open
 
     from hcpdiff.device import DTYPES

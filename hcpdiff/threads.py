@@ -1,4 +1,4 @@
-"""Work beside the main thread, in order: made ahead by threads that can give way to it, or finished behind it. Imports no torch."""
+"""Work beside the main thread, in order: shared out among threads, made ahead by ones that can give way to it, or finished behind it. Imports no torch."""
 
 import contextlib
 import os
@@ -22,15 +22,19 @@ def usable_cores() -> int:
 
 
 def mapped(work: Callable[[T], R], items: Sequence[T], most: int) -> Iterator[R]:
-    """work(item) of each, in order, by `most` threads: for many small pieces of work that wait on the disk or release the interpreter lock."""
-    piece = max(1, min(_PIECE, len(items) // (4 * most)))
+    """work(item) of each, in order, by `most` threads: for many small pieces of work that wait on the disk or release the interpreter lock. All of them at once:
+    what they give is kept until it is asked for. When this ends early, each thread ends with the item that it is at."""
+    piece, over = max(1, min(_PIECE, len(items) // (4 * most))), threading.Event()
 
     def work_on(first: int) -> list[R]:
-        return [work(item) for item in items[first:first + piece]]
+        return [work(item) for item in items[first:first + piece] if not over.is_set()]
 
     with ThreadPoolExecutor(most) as pool:
-        for results in pool.map(work_on, range(0, len(items), piece)):
-            yield from results
+        try:
+            for results in pool.map(work_on, range(0, len(items), piece)):
+                yield from results
+        finally:
+            over.set()
 
 
 def prepared(work: Callable[[T], R], items: Sequence[T], most: int, ahead: int | None = None) -> Iterator[tuple[T, R]]:

@@ -1,6 +1,7 @@
 """What is wrong with a config is told at once, all of it, with the nearest key that is right."""
 
 import re
+from pathlib import Path
 
 import pytest
 from config_help import SMALL, faults, small, write
@@ -120,12 +121,13 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     source = "data.dataset1.source.source1"
     given = {"model.pretrained_model_name_or_path": "model", "model.vae": "vae", "model.config": "model", "model.init_lora": "lora.safetensors", f"{source}.img_root": "images",
              f"{source}.att_mask": "masks", f"{source}.caption_file": "captions.json", f"{source}.prompt_template": "words.txt", "data.dataset1.cache_dir": "cache", "exp_dir": "runs/one"}
-    loaded = small(tmp_path, *(f"{key}=~/{name}" for key, name in given.items()))
+    loaded = small(tmp_path, *(f"{key}=~/{name}" for key, name in given.items()), f"{source}.word_names.pt1=~/model")
+    assert loaded.config.data["dataset1"].source["source1"].word_names["pt1"] == "~/model", "a word is no path"
     for key, name in given.items():
         value = loaded.plain
         for part in key.split("."):
             value = value[part]
-        assert value == str(tmp_path / "home" / name), key
+        assert Path(value) == tmp_path / "home" / name, key
     assert load(write(tmp_path, loaded.yaml, "again.yaml")).plain == loaded.plain
     assert faults(tmp_path, "model.pretrained_model_name_or_path=~/modle")[0].endswith(f"Nearest: {tmp_path / 'home' / 'model'}")
     assert len(faults(tmp_path, "model.pretrained_model_name_or_path=~nobody-of-this-name/model")) == 1

@@ -129,6 +129,24 @@ def test_images_are_decoded_while_the_vae_works_and_stored_while_it_works_on(roo
     assert encode.calls == 5 and right(data)
 
 
+def test_work_that_is_shared_out_comes_in_order_and_ends_soon_when_it_ends_early():
+    """An error, or Ctrl+C, waits for one item a thread, not for all that a thread was given."""
+    assert list(threads.mapped(lambda n: n * n, range(1000), 3)) == [n * n for n in range(1000)]
+    done, go = [], threading.Event()
+
+    def work(n):
+        if n >= 32:
+            go.wait(5)
+        done.append(n)
+        return n
+
+    made = threads.mapped(work, range(1000), 3)
+    assert next(made) == 0
+    threading.Timer(0.2, go.set).start()
+    made.close()
+    assert len(done) <= 32 + 2 * 3
+
+
 def test_what_is_prepared_is_in_order_and_not_far_ahead(monkeypatch):
     monkeypatch.setattr(threads, "usable_cores", lambda: 4)  # a test runner has one core, and one thread cannot come out of order
     others = threading.Event()

@@ -142,6 +142,22 @@ def test_captions_of_skipped_images_are_not_told_as_unused(tmp_path):
     assert found.notices == ["1 captions belong to no image: '3'"]
 
 
+def test_skipped_images_take_no_caption_from_others(tmp_path):
+    """A damaged image of the same name in another folder makes no key doubtful, and the captions that only skipped images have are not read."""
+    folder_of(tmp_path / "i", {"a/x.png": (40, 30), "7.png": (40, 30)})
+    (tmp_path / "i" / "b").mkdir()
+    for name in ("b/x.png", "b/7.png", "bad.png"):
+        (tmp_path / "i" / name).write_bytes(b"")
+    (tmp_path / "c.json").write_text('{"x": "one", "deep/7": "seven"}')
+    found, faults = read(source(tmp_path / "i", skip_bad_images=True, caption_file=str(tmp_path / "c.json")))
+    assert not faults and dict(zip(found.keys, found.captions.texts)) == {"a/x.png": "one", "7.png": "seven"}
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "x.txt").write_text("text")
+    (tmp_path / "t" / "bad.txt").write_bytes(b"\xff\xfe\xfa")
+    found, faults = read(source(tmp_path / "i", skip_bad_images=True, caption_file=str(tmp_path / "t")))
+    assert not faults and not found.notices and sorted(map(str, found.captions.texts)) == ["None", "text"]
+
+
 @pytest.mark.parametrize("mode", ["none", "memory", "disk"])
 def test_an_image_for_which_there_is_no_memory_is_not_skipped_and_not_called_damaged(tmp_path, monkeypatch, mode):
     folder_of(tmp_path / "i", 3)

@@ -90,13 +90,17 @@ def test_several_loras_by_lists_and_by_merge(tmp_path, ckpts):
     assert "merge[0] names no file" in finder.faults[0]
 
 
-def test_ancestors_groups_are_read(tmp_path, ckpts):
+def test_ancestors_groups_are_read(tmp_path, ckpts, monkeypatch):
     unet, text = str(ckpts / "unet-100.safetensors"), str(ckpts / "text_encoder-100.safetensors")
     merge = {"exp_dir": "2023", "group1": {"type": "unet", "base_model_alpha": 1.0, "lora": [{"path": unet, "alpha": 0.6, "layers": "all", "mask": [0, 1]}], "part": None},
              "group2": {"type": "TE", "lora": [{"path": text, "alpha": 0.4}]}}
     want = [("unet-100.safetensors", None, False, .6, .6), (None, "text_encoder-100.safetensors", True, .4, .4)]
     assert find(tmp_path, merge=merge)[0] == want
     assert find(tmp_path, merge=merge, lora_path=unet)[0] == want  # `path: ${lora_path}` is how lora_path was read then
+    monkeypatch.setenv("HOME", str(ckpts))
+    monkeypatch.setenv("USERPROFILE", str(ckpts))
+    merge["group1"]["lora"][0]["path"] = "~/unet-100.safetensors"
+    assert find(tmp_path, merge=merge)[0] == want
     bad = {"group1": {"type": "plugin", "base_model_alpha": 0.5, "part": [{"path": "x"}], "lore": [], "lora": [{"alpha": 1}, {"path": unet, "mask": [0, 0.5]}]}, "g": 3}
     _, finder = find(tmp_path, merge=bad)
     assert len(finder.faults) == 7, finder.faults

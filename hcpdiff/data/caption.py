@@ -32,15 +32,18 @@ class Captions:
         return sum(text is not None for text in self.texts)
 
 
-def load_captions(caption_file: str | None, img_root: str, keys: Sequence[str], where: str, faults: list[str]) -> Captions:
-    """Captions of the images `keys` (POSIX paths below img_root). Faults, each naming file, line and remedy, are appended to `faults`."""
+def load_captions(caption_file: str | None, img_root: str, keys: Sequence[str], where: str, faults: list[str], skipped: Sequence[str] = ()) -> Captions:
+    """Captions of the images `keys` (POSIX paths below img_root). Faults, each naming file, line and remedy, are appended to `faults`.
+
+    skipped: images that are not used; they get no caption, but one of theirs is not told as belonging to no image.
+    """
     if caption_file is None:
         return Captions([None] * len(keys), "none")
     path = Path(caption_file)
     if path.is_dir():
-        captions = _from_folder(path, img_root, keys, where, faults)
+        captions = _from_folder(path, img_root, keys, where, faults, skipped)
     elif path.is_file():
-        captions = _from_file(path, img_root, keys, where, faults)
+        captions = _from_file(path, img_root, keys, where, faults, skipped)
     else:
         faults.append(f"{where}.caption_file = {caption_file!r} is neither a file nor a folder (working directory: {os.getcwd()})")
         return Captions([None] * len(keys), "none")
@@ -60,7 +63,7 @@ def check_caption_file(caption_file: str | None, where: str) -> list[str]:
     return faults
 
 
-def _from_file(path: Path, img_root: str, keys: Sequence[str], where: str, faults: list[str]) -> Captions:
+def _from_file(path: Path, img_root: str, keys: Sequence[str], where: str, faults: list[str], skipped: Sequence[str] = ()) -> Captions:
     ending = path.suffix.lower()
     if ending in TEXT_ENDINGS:
         text = read_caption(path, faults)
@@ -69,12 +72,12 @@ def _from_file(path: Path, img_root: str, keys: Sequence[str], where: str, fault
         faults.append(f"{where}.caption_file = {str(path)!r}: captions are read from {', '.join((*TEXT_ENDINGS, *TABLE_ENDINGS))} files or a folder")
         return Captions([None] * len(keys), "none")
     table = read_table(path, faults)
-    captions = match(table, img_root, keys, str(path), faults)
+    captions = match(table, img_root, keys, str(path), faults, skipped=skipped)
     captions.form = path.name
     return captions
 
 
-def _from_folder(folder: Path, img_root: str, keys: Sequence[str], where: str, faults: list[str]) -> Captions:
+def _from_folder(folder: Path, img_root: str, keys: Sequence[str], where: str, faults: list[str], skipped: Sequence[str]) -> Captions:
     texts = {}
     for name in list_below(folder, f"{where}.caption_file", faults):
         stem, ending = os.path.splitext(name)
@@ -86,8 +89,8 @@ def _from_folder(folder: Path, img_root: str, keys: Sequence[str], where: str, f
         if len(tables) > 1:
             faults.append(f"{where}.caption_file = {str(folder)!r} holds {len(tables)} caption files: {', '.join(tables)}. Name the one to use.")
             return Captions([None] * len(keys), "none")
-        return _from_file(folder / tables[0], img_root, keys, where, faults)
-    captions = match(texts, "", keys, str(folder), faults)
+        return _from_file(folder / tables[0], img_root, keys, where, faults, skipped)
+    captions = match(texts, "", keys, str(folder), faults, skipped=skipped)
     captions.form = "text files"
     read: dict[str, str | None] = {}
     for number, name in enumerate(captions.texts):
@@ -108,7 +111,8 @@ def _normal(key: str) -> str:
     return key
 
 
-def match(table: dict[str, str], img_root: str, keys: Sequence[str], origin: str, faults: list[str], ambiguous_faults: bool = True) -> Captions:
+def match(table: dict[str, str], img_root: str, keys: Sequence[str], origin: str, faults: list[str], ambiguous_faults: bool = True,
+          skipped: Sequence[str] = ()) -> Captions:
     """Give each image the caption whose key names it most exactly: path, path without ending, file name, stem."""
     root = _normal(str(img_root)).rstrip("/") + "/"
     entries = {}
@@ -137,7 +141,8 @@ def match(table: dict[str, str], img_root: str, keys: Sequence[str], origin: str
                 texts[number] = entries[key][1]
             used.add(key)
     _by_tail(entries, used, names, texts)
-    return Captions(texts, "", _match_notices(entries, used, names, texts))
+    idle = {spelling for name in map(_normal, skipped) for path in (PurePosixPath(name),) for spelling in (name, os.path.splitext(name)[0], path.name, path.stem)}
+    return Captions(texts, "", _match_notices(entries, used | idle, names, texts))
 
 
 def _by_tail(entries: dict, used: set[str], names: list[str], texts: list[str | None]) -> None:

@@ -53,7 +53,7 @@ def _enough_memory() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
             raise
-        raise DataError("no main memory was left to make a batch. A smaller batch_size, fewer train.workers, and cache_latents: disk each need less.") from error
+        raise DataError("no main memory was left to make a batch. A smaller batch_size, fewer train.workers, and latents in a disk cache (cache_latents: disk) each need less.") from error
 
 
 def _make(maker: BatchMaker, micro: MicroBatch) -> Batch:

@@ -8,7 +8,7 @@ import difflib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +82,10 @@ def read_source(name: str, config: Any, where: str, faults: list[str], verify: b
     if not _check_folder(config.img_root, f"{where}.img_root", faults):
         return None
     keys, notices = _image_keys(config, where, faults)
-    every = load_captions(config.caption_file, config.img_root, keys, where, faults)  # skipped images too: their captions are not without an image
-    texts = dict(zip(keys, every.texts))
+    every = keys
     keys, sizes, skipped = _readable(keys, config, where, faults, verify, known_good)
-    captions = replace(every, texts=[texts[key] for key in keys])
+    left_out = sorted(set(every).difference(keys)) if skipped else []
+    captions = load_captions(config.caption_file, config.img_root, keys, where, faults, left_out)
     _caption_faults(captions, config, keys, where, faults)
     has_captions = captions.found > 0
     templates = load_templates(config.prompt_template, has_captions, config.word_names, where, faults)
@@ -147,7 +147,7 @@ def damaged(lines: list[str], total: int) -> str:
 
 def no_memory(name: str) -> str:
     """The message about an image that may be as good as any."""
-    return f"{shown(name)}: no main memory was left to read it. Let other programs end, lower train.workers, or make large images smaller."
+    return f"{shown(name)}: no main memory was left to read it. Let other programs end, or make large images smaller."
 
 
 def _lines(lines: list[str]) -> str:

@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..errors import CheckpointError, ConfigError, HCPError
 from . import vae_file
-from .ldm_names import DIFFUSERS
+from .ldm_names import DIFFUSERS, HUGGINGFACE
 from .single_file import SingleFile, keys_for
 from .source import MODEL_KEY, check_complete, find_part, load_or_fault, load_whole, parts_of, read_index, read_json
-from .weight_file import diffusers_weights
+from .weight_file import folder_weights
 
 if TYPE_CHECKING:
     from torch import dtype as Dtype
     from torch import nn
 
     from .read_parts import Reader
+
+
+BUFFER = "embeddings.position_ids"  # that older transformers saved with a text encoder
 
 
 @runtime_checkable
@@ -116,11 +119,12 @@ class Folder:
         """From the header of the safetensors file that the library would read, where it holds every weight under its own name; anything else is left to the library."""
         from .read_parts import move, outline
 
+        clip = is_of_transformers(kind)
         try:
-            weights, config = diffusers_weights(self.path / part, variant), self.config(part)
+            weights, config = folder_weights(self.path / part, variant, "model" if clip else "diffusion_pytorch_model"), self.config(part)
             if weights and "quantization_config" not in config:
-                names = {name: name for name in weights.shapes}
-                return outline(kind, config, DIFFUSERS, weights, names, dtype, f"{key}: {self.path / part}")
+                names = {name.removeprefix("text_model.") if clip else name: name for name in weights.shapes if not (clip and name.endswith(BUFFER))}
+                return outline(kind, config, HUGGINGFACE if clip else DIFFUSERS, weights, names, dtype, f"{key}: {self.path / part}")
         except HCPError:  # older names, or a fault, which the library tells
             pass
         return load_whole(kind, self.path / part, key, options_for(kind, dtype) | ({"variant": variant} if variant is not None else {})), move
@@ -150,9 +154,14 @@ def file_mark(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def is_of_transformers(kind: type) -> bool:
+    """Whether a class is transformers', not diffusers'."""
+    return kind.__module__.startswith("transformers.")
+
+
 def options_for(kind: type, dtype: Dtype) -> dict[str, Any]:
     """Arguments of from_pretrained of both libraries: transformers' config.json could name a kernel on the hub, which is code."""
-    if kind.__module__.startswith("transformers."):
+    if is_of_transformers(kind):
         return {"dtype": dtype, "attn_implementation": "sdpa"}
     return {"torch_dtype": dtype}
 

@@ -44,6 +44,8 @@ def outline(kind: type, config: Mapping[str, Any], style: str, weights: WeightFi
         raise ConfigError(faults[:MOST_NAMED] + ([f"{where}: … and {len(faults) - MOST_NAMED} more weights of another shape"] if len(faults) > MOST_NAMED else []))
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
+    if hasattr(kind, "config_class"):
+        module.config.dtype = dtype  # as the library says it of what it has loaded
 
     def read(module: nn.Module, device: torch.device, keep: Keep | None) -> None:
         for name, tensor in _read(found, wanted, weights, names, dtype, device):

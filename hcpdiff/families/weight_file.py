@@ -161,10 +161,10 @@ def _is_zip(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def diffusers_weights(folder: Path, variant: str | None) -> WeightFile | None:
-    """The safetensors weights that diffusers would read of a part's folder: its shards, or its file; None where there are none."""
+def folder_weights(folder: Path, variant: str | None, stem: str) -> WeightFile | None:
+    """The safetensors weights that a library would read of a part's folder: its shards, or its file; None where there are none. stem: what that library calls them."""
     dotted = f".{variant}" if variant else ""
-    index, file = folder / f"diffusion_pytorch_model.safetensors.index{dotted}.json", folder / f"diffusion_pytorch_model{dotted}.safetensors"
+    index, file = folder / f"{stem}.safetensors.index{dotted}.json", folder / f"{stem}{dotted}.safetensors"
     return Shards(index) if index.is_file() else WeightFile(file) if file.is_file() else None
 
 

@@ -144,7 +144,7 @@ def _in_two_ways(file: WeightFile, what: str) -> list[str]:
         found = [{place.name for place in base_names.in_single_file(component, path)} & shapes.keys() for part, path in base_names.known_layers() if part == component]
         twice = [sorted(names) for names in found if len(names) > 1]
         if twice and not any(f"its {component} in" in fault for fault in faults):
-            faults.append(f"{what} has {len(twice)} layers of its {component} under two names, such as {' and '.join(twice[0])}. "
+            faults.append(f"{what} has layers of its {component} under two names ({len(twice)}), such as {' and '.join(twice[0])}. "
                           f"Which are meant cannot be told: save the model with one of them alone.")
     return faults
 

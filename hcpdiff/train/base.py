@@ -4,7 +4,6 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -37,12 +36,14 @@ class BaseModel:
         self.notices = [*notices, *self.place.notices]
         self.geometry = self.family.latent_geometry(self.place)
         self.models: Models | None = None
+        self._marks: dict[str, str] = {}
         self._vae_mark: Future[str] | None = None
 
     def load(self, dtype: torch.dtype, allow: Sequence[str]) -> Models:
         """Reads every part, of the denoiser the outline (`Models.read` gets its weights)."""
         self.models = self.family.load(self.place, self._name(), None, dtype, self.config.vae, self.config.variant, outlines=[denoiser_of(self.family).name], seen=self._seen)
         self._set_scheduler(allow)
+        self._marks = {component.name: self.place.mark(component.name) for component in self.family.components}
         self.place.release()  # the denoiser is read when all that is encoded has been
         return self.models
 
@@ -53,12 +54,10 @@ class BaseModel:
             self._vae_mark = pool.submit(fingerprint, module, module.state_dict())  # of now: it may be moved meanwhile
             pool.shutdown(wait=False)
 
-    @cached_property
+    @property
     def marks(self) -> dict[str, str]:
         """Part -> digest of its weights, of a loaded model."""
-        marks = {component.name: self.place.mark(component.name) for component in self.family.components}
-        self.place.release()
-        return marks | {"vae": self._vae_mark.result()}
+        return self._marks | {"vae": self._vae_mark.result()}
 
     def read(self, name: str, device: torch.device) -> None:
         """Puts a part on the device; the denoiser's weights are read now, one by one, and kept in few bits where the config says so."""

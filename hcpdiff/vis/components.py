@@ -1,5 +1,6 @@
 """`new_components`: parts of the model built from `_target_`, in the place of its own."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def build_part(name: str, spec: Mapping, allow: Sequence[str]):
     where, spec = f"new_components.{name}", dict(spec)
     nested = any(isinstance(value, Mapping) and "_target_" in value for value in spec.values())  # a quantization config: build makes it first
     if spec["_target_"].endswith(LOADER) and SOURCE_ARGUMENT in spec and not nested:
-        kind, place = locate(spec.pop("_target_").removesuffix(LOADER)), spec.pop(SOURCE_ARGUMENT)
+        kind, place = locate(spec.pop("_target_").removesuffix(LOADER)), os.path.expanduser(spec.pop(SOURCE_ARGUMENT))
         if name.startswith("tokenizer"):
             return load_or_fault(kind, place, where, spec)
         return load_whole(kind, Path(place) if Path(place).is_dir() else place, where, spec)

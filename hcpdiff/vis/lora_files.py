@@ -1,6 +1,7 @@
 """Which LoRA files a config names: files, run folders, the text encoder's beside the UNet's, `merge`. Nothing here imports torch."""
 
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -208,7 +209,8 @@ class Finder:
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
             self.faults.append(f"{key}.alpha = {alpha!r} is not a number.")
             return []
-        files = {"path": entry["path"], "path_TE": None} if kind == "unet" else {"path": None, "path_TE": entry["path"]}
+        path = os.path.expanduser(entry["path"])  # of a free map, whose paths the config's check does not know
+        files = {"path": path, "path_TE": None} if kind == "unet" else {"path": None, "path_TE": path}
         return [(key, MergeItem(alpha=float(alpha), alpha_TE=None, layers=layers, **files))]
 
 
