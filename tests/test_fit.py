@@ -3,6 +3,7 @@
 import re
 import sys
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,23 @@ def test_inputs_of_the_adapters_are_those_that_were_measured():
 def test_the_guides_have_what_is_counted():
     rows = [re.search(r"<!-- counted: sd1 -->.*?\n\| true \| 1 \| ([\d.]+) \|", page.read_text("utf-8"), re.DOTALL) for page in GUIDES.values()]
     assert [float(row[1]) for row in rows] == [pytest.approx(need(CONFIGS / "sd1", Case(512, 1, 16, checkpointing=True)).sum / fit.GIB, abs=0.051)] * 2
+
+
+@pytest.mark.parametrize("language", GUIDES)
+@pytest.mark.parametrize("family", fit.SIDES)
+def test_the_cards_have_room_for_what_is_counted(family, language):
+    """The second table follows from the first, as far as its rounded numbers tell."""
+    needs, cards = re.search(rf"<!-- counted: {family} -->(.*?)\n\n(.*?)<!-- end", GUIDES[language].read_text("utf-8"), re.DOTALL).groups()
+    numbers, batches = ([[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()[2:]] for text in (needs, cards))
+    sums = {(int(batch), saving == "true", kind): float(told) for saving, batch, *row in numbers for kind, told in zip(fit.QUANTIZE, row, strict=True)}
+    assert len(sums) == 24 and [row[0] for row in batches] == [f"{card} GB" for card in fit.CARDS]
+    checked = 0
+    for card, row in zip(fit.CARDS, batches, strict=True):
+        for (saving, kind), cell in zip(product((True, False), fit.QUANTIZE), row[1:], strict=True):
+            if all(abs(told - (card - fit.BESIDE)) > 0.051 for (_, *way), told in sums.items() if way == [saving, kind]):
+                assert cell == fit.largest({case: told * fit.GIB for case, told in sums.items()}, card, saving, kind), (card, saving, kind)
+                checked += 1
+    assert checked > 24
 
 
 @pytest.mark.parametrize("family, pixels, told", [("sd1", 512, 0.9), ("sdxl", 1024, 2.8)])
