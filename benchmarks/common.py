@@ -70,7 +70,7 @@ class Figure:
             return ""
         if self.every:
             return f"{'>' if self.at_least else '<'} {self.bound:g} in every pair"
-        return f"{'≥' if self.at_least else '≤'} {self.bound:g}"
+        return f"{'≥' if self.at_least else '≤'} {self.bound:g}{' (median)' if len(self.ratios) > 1 else ''}"
 
 
 COLUMNS = ("what", "against", "ratio: median (range)", "goal", "", "medians")

@@ -6,12 +6,14 @@
 
 Each way draws the same pictures (prompts, seeds, sampler, steps), with prompts that were encoded before, and writes them as PNG files. The largest difference
 of ours to diffusers' with the LoRA is a figure in fp32 (TF32 is switched off), and only told in half precision, where the order of the sums decides it.
-On a CPU the CPU seconds of all threads stand beside the seconds, with the median of their ratios: other work on the machine lengthens them less.
+A LoRA that hardly changes the pictures would make that figure say nothing: then it ends with an error. On a CPU the CPU seconds of all threads stand beside the
+seconds, with the median of their ratios: other work on the machine lengthens them less.
 """
 
 import argparse
 import copy
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -38,16 +40,17 @@ from hcpdiff.lora_tensors import LoraTensors
 from hcpdiff.vis import request, run
 
 PROMPT, NEGATIVE, RANK = "a photo of a cat on a mat", "blurry", 8
+STRENGTH, CHANGED = 0.5, 3  # of the LoRA, to the weights in norm; by how much of 255 it has to change a picture somewhere
 ENCODED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")  # as encode_prompt gives them
 PLAIN, PEFT, OURS = "diffusers without LoRA", "diffusers, load_lora_weights", "ours"
 
 
 def write_lora(unet: torch.nn.Module, path: Path) -> None:
-    """A LoRA on attention and feed-forward in webui's form, each layer's a hundredth of the weight in norm."""
+    """A LoRA on attention and feed-forward in webui's form, each layer's half as large as the weight in norm."""
     layers, draws = {}, torch.Generator().manual_seed(0)
     for name, layer in targets(unet).items():
         down, up = torch.randn(RANK, layer.in_features, generator=draws), torch.randn(layer.out_features, RANK, generator=draws)
-        size = 0.01 * layer.weight.detach().float().norm() / (up @ down).norm()
+        size = STRENGTH * layer.weight.detach().float().norm() / (up @ down).norm()
         layers[name] = LoraTensors(down, up * size, float(RANK))
     found = {"unet": layers}
     save_file({key: value.contiguous() for key, value in to_webui(found, find_family(found, {}).family).tensors.items()}, path)
@@ -134,11 +137,19 @@ def measure(args: argparse.Namespace, place: Path) -> list[Figure]:
     if args.threads:
         torch.set_num_threads(args.threads)
     seconds = in_turn(works, args.rounds, args.device)
-    far = max(np.abs(_pixels(path) - _pixels(place / "peft" / f"{n}.png")).max() for n, path in enumerate(ours.paths))
+    theirs, without = ([place / way / f"{n}.png" for n in range(args.pictures)] for way in ("peft", "plain"))
+    far, changed = apart(ours.paths, theirs), apart(theirs, without)
+    if changed <= CHANGED:
+        sys.exit(f"error: the LoRA changes diffusers' own pictures by {changed} of 255 at most, so they do not tell whether ours have it; wanted: more than {CHANGED}")
     what = f"picture with LoRA, {folder.name}, {args.pixels} px, {args.steps} steps, {args.batch} a batch, {args.dtype}"
     return [Figure(what, PLAIN, ratios(seconds[OURS], seconds[PLAIN]), 1.02, values=medians(seconds, works, PLAIN, args)),
             Figure(what, PEFT, ratios(seconds[OURS], seconds[PEFT]), values=medians(seconds, works, PEFT, args)),
-            Figure(f"largest difference of a {what}", "1 of 255", [float(far)], 1.0 if args.dtype == "fp32" else None)]
+            Figure(f"largest difference of a {what}", "1 of 255", [far], 1.0 if args.dtype == "fp32" else None, values={"by the LoRA": changed})]
+
+
+def apart(some: list[Path], others: list[Path]) -> float:
+    """The largest difference of a number of two pictures."""
+    return float(max(np.abs(_pixels(one) - _pixels(other)).max() for one, other in zip(some, others, strict=True)))
 
 
 def _pixels(path: Path) -> np.ndarray:

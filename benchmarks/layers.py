@@ -7,13 +7,15 @@
 `merged` is the best that this route can do: W + s up down is made anew in every step, since every step changes up and down; one product each
 in forward and backward does the base and the LoRA together; the factors' gradients come from rank-sized products. It is measured to know
 whether `ours`, which keeps the LoRA beside the weight, should give way to it anywhere. In half precision it would round the LoRA's effect away; the factors are
-fp32 on both sides, peft's under autocast, ours with the copies that a step makes of them once.
+fp32 on both sides. A turn is as many calls as take a while, and what a step does once is done once in it and timed: our copies of the factors, and the casts that
+autocast keeps for peft. `peft plain` is without autocast: peft casts by itself, in every call.
 """
 
 import statistics
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -52,8 +54,22 @@ class _Merged(torch.autograd.Function):
         return g @ whole, None, None, (gh.t() @ x).mul_(ctx.scale), (h.t() @ g).t().mul_(ctx.scale), None
 
 
-def ways(layer: nn.Linear, rank: int) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Functions of x (N, in) that give y (N, out), on the same frozen weight."""
+@dataclass(frozen=True)
+class Way:
+    """A function of x (N, in) that gives y (N, out), and what it is called in, once for all calls of a turn."""
+
+    forward: Callable[[Tensor], Tensor]
+    around: Callable[[], AbstractContextManager] = nullcontext
+
+    def turn(self, x: Tensor, g: Tensor, times: int) -> None:
+        """Forward and backward so often."""
+        with self.around():
+            for _ in range(times):
+                self.forward(x).backward(g)
+
+
+def ways(layer: nn.Linear, rank: int) -> dict[str, Way]:
+    """On the same frozen weight."""
     lora = Lora(layer, rank, rank)
     lora.reset(torch.rand_like(lora.down))
     base = nn.Linear(layer.in_features, layer.out_features, device=layer.weight.device, dtype=layer.weight.dtype)
@@ -62,39 +78,29 @@ def ways(layer: nn.Linear, rank: int) -> dict[str, Callable[[Tensor], Tensor]]:
     for parameter in peft.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    found = {"floor": base, "peft": autocast(peft) if layer.weight.dtype in HALF else peft, "ours": layer}
     put(layer, lora)
-    if layer.weight.dtype == torch.float32:
-        down, up = lora.down.detach().clone().requires_grad_(), lora.up.detach().clone().requires_grad_()
-        found["merged"] = lambda x: _Merged.apply(x, layer.weight, layer.bias, down, up, lora.scale)
-    return found
-
-
-def autocast(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """As half precision is trained with it."""
-    def run(x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, x.dtype):
-            return layer(x)
-
-    return run
+    if layer.weight.dtype in HALF:
+        device, dtype = layer.weight.device.type, layer.weight.dtype
+        return {"floor": Way(base), "peft": Way(peft, lambda: torch.autocast(device, dtype)), "peft plain": Way(peft), "ours": Way(layer, Shadow([lora], dtype).fresh)}
+    down, up = lora.down.detach().clone().requires_grad_(), lora.up.detach().clone().requires_grad_()
+    merged = Way(lambda x: _Merged.apply(x, layer.weight, layer.bias, down, up, lora.scale))
+    return {"floor": Way(base), "peft": Way(peft), "ours": Way(layer), "merged": merged}
 
 
 def measure(args) -> list[Figure]:
-    """Three figures for each layer: ours to the floor, to peft's and to the merged weight."""
+    """For each layer: ours to the floor, to peft's, and to peft's without autocast or to the merged weight."""
     figures = []
     for tokens, width, out in args.shape or SHAPES:
         like = {"device": args.device, "dtype": DTYPES[args.dtype]}
         x, g = torch.randn(args.batch * tokens, width, requires_grad=True, **like), torch.randn(args.batch * tokens, out, **like)
         layer = nn.Linear(width, out, **like).requires_grad_(False)
-        names = ways(layer, args.rank)
-        works = {name: lambda way=way: way(x).backward(g) for name, way in names.items()}
-        times = max(1, round(WANTED / statistics.median(in_turn({"floor": works["floor"]}, 3, args.device)["floor"])))
-        with Shadow([layer.adapter], like["dtype"]).fresh() if like["dtype"] in HALF else nullcontext():
-            seconds = in_turn({name: lambda work=work: [work() for _ in range(times)] for name, work in works.items()}, args.rounds, args.device)
+        found = ways(layer, args.rank)
+        times = max(1, round(WANTED / statistics.median(in_turn({"floor": lambda: found["floor"].turn(x, g, 1)}, 3, args.device)["floor"])))
+        seconds = in_turn({name: lambda way=way: way.turn(x, g, times) for name, way in found.items()}, args.rounds, args.device)
         label = f"layer, {args.batch * tokens} tokens, {width} to {out}, {args.dtype}"
-        for name in [name for name in names if name != "ours"]:
+        for name in [name for name in found if name != "ours"]:
             values = {f"{which} ms": 1000 * statistics.median(seconds[which]) / times for which in ("ours", name)}
-            figures.append(Figure(label, name, ratios(seconds["ours"], seconds[name]), 1.0 if name == "peft" else None, values=values))
+            figures.append(Figure(label, name, ratios(seconds["ours"], seconds[name]), 1.0 if name.startswith("peft") else None, values=values))
     return figures
 
 

@@ -9,11 +9,14 @@
 
 Each figure is a ratio against a named reference in the same run: pairs in turn, median and range. Nothing else should run on the machine. Benchmarks are sorted
 by how much they tell, those of a GPU above all: where time comes in pieces, --keep goes on where the piece before ended, and --seconds ends a piece with the
-table of what is there. What each benchmark printed stands beside its figures.
+table of what is there. What each benchmark printed stands beside its figures. A kept figure stays when the code changes: delete its file to have it measured
+again; a table whose figures are of other code than this names its commits, a tree that was changed since by a hash after the plus.
 """
 
 import argparse
 import contextlib
+import hashlib
+import json
 import math
 import os
 import re
@@ -23,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from common import COLUMNS, ROOT, Figure, read
@@ -46,7 +50,7 @@ CPU = {
 HALF = "step.py --dtype bf16 --rounds 5"
 SD1, SDXL = f"{HALF} --family sd1 --pixels 512", f"{HALF} --family sdxl --pixels 1024"
 PLAIN, ALL = "--ways floor loop loop-plain ours", "--ways floor loop loop-plain example hooks ours"
-QUANTIZED, COMPILED = "quantized.py --dtype bf16 --rounds 5", "--compile --ways floor loop ours"  # compiling takes minutes for each way, so only three are compiled
+QUANTIZED, COMPILED = "quantized.py --dtype bf16 --rounds 5", f"--compile {PLAIN}"  # compiling takes minutes for each way, so no more are compiled
 STEPS = [f"{SD1} --batch 1 {ALL}", f"{SD1} --batch 8 {PLAIN}", f"{SDXL} --batch 1 {PLAIN}", f"{SD1} --batch 1 {COMPILED}"]
 CUDA = {
     "first": [STEPS[0], "gpu_tests.py", STEPS[1], STEPS[2], f"{QUANTIZED} --family sdxl --pixels 1024 --batch 1", STEPS[3]],  # no model is written to disk for these
@@ -63,9 +67,38 @@ CUDA = {
 }
 
 
-def run(command: str, args: argparse.Namespace, place: Path, until: float) -> tuple[str, list[Figure]]:
-    """(hardware, figures) of one command line, in a process of its own that is ended at `until`; what it prints goes on. No figures where it failed or was not
-    done. A file that is at `place` already is read instead."""
+@dataclass
+class Table:
+    """The figures of one machine, with the days on which they were measured and the code that was."""
+
+    machine: str
+    days: list[str]
+    codes: list[str]
+    figures: list[Figure]
+
+    def markdown(self, code: str) -> str:
+        """For the page. `code`: of this checkout."""
+        found = [*dict.fromkeys(self.codes)]
+        commits = "" if found == [code] else f", code of {' and '.join(found)}"
+        rows = [COLUMNS, ["---"] * len(COLUMNS), *(figure.cells() for figure in self.figures)]
+        return f"### {', '.join([self.machine, *dict.fromkeys(self.days)])}{commits}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def code_of(root: Path) -> str:
+    """The commit of a checkout, and a hash of what was changed since in what is measured; unknown where it is none."""
+    def git(*words: str) -> bytes:
+        return subprocess.run(["git", "-C", str(root), *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True).stdout
+
+    try:
+        commit, changes = git("rev-parse", "--short", "HEAD").decode().strip(), git("diff", "HEAD", "--", "hcpdiff", "benchmarks")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + (f"+{hashlib.sha256(changes).hexdigest()[:7]}" if changes else "")
+
+
+def run(command: str, args: argparse.Namespace, place: Path, until: float) -> bool:
+    """Measures one command line in a process of its own that is ended at `until`; what it prints goes on. Whether its figures are at `place` afterwards: there
+    are none where it failed or was not done. A file that is there already stays."""
     script, *options = command.split()
     if args.rounds:
         options = re.sub(r" --rounds \d+", "", " " + " ".join(options)).split() + ["--rounds", str(args.rounds)]
@@ -74,17 +107,19 @@ def run(command: str, args: argparse.Namespace, place: Path, until: float) -> tu
     print(f"\n== {command}", flush=True)
     if place.is_file():
         print(f"measured before: {place}", flush=True)
-        return read(place)
-    started = time.monotonic()
+        return True
+    started, code = time.monotonic(), code_of(ROOT)
     if started >= until:
         print("no time left", flush=True)
-        return "", []
-    code = follow([sys.executable, str(HERE / script), *options, *more], place.with_suffix(".log"), until - started)
-    if code or not made.is_file():
+        return False
+    status = follow([sys.executable, str(HERE / script), *options, *more], place.with_suffix(".log"), until - started)
+    if status or not made.is_file():
         print(f"== {command} {'was not done in time' if time.monotonic() >= until else 'failed'}", flush=True)
-        return "", []
+        return False
     print(f"{time.monotonic() - started:.0f} s", flush=True)
-    return read(made.replace(place))
+    made.write_text(json.dumps(json.loads(made.read_text("utf-8")) | {"code": code}, indent=1), "utf-8")
+    made.replace(place)
+    return True
 
 
 def follow(command: list[str], log: Path, seconds: float) -> int:
@@ -134,12 +169,6 @@ def derived(figures: list[Figure]) -> list[Figure]:
     return made
 
 
-def markdown(hardware: str, figures: list[Figure]) -> str:
-    """The table for the page."""
-    rows = [COLUMNS, ["---"] * len(COLUMNS), *(figure.cells() for figure in figures)]
-    return f"### {hardware}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
-
-
 def write(name: str, text: str) -> None:
     """Replaces what the page has between the marks of this name."""
     begin, end = f"<!-- measured: {name} -->", f"<!-- end: {name} -->"
@@ -158,13 +187,23 @@ def chosen(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(command for name in args.only or commands for command in commands[name]))
 
 
-def measure(commands: list[str], args: argparse.Namespace, folder: Path) -> tuple[list[str], list[Figure], list[str]]:
-    """(machines, figures, command lines that gave none)."""
-    machines, figures, failed, until = [], [], [], time.monotonic() + (args.seconds or math.inf)
+def measure(commands: list[str], args: argparse.Namespace, folder: Path) -> tuple[list[Table], list[str]]:
+    """(a table for each machine, command lines that gave no figures)."""
+    tables, failed, until = {}, [], time.monotonic() + (args.seconds or math.inf)
     for command in commands:
-        machine, found = run(command, args, place_of(command, args, folder), until)
-        machines, figures, failed = machines + [machine] * bool(found), figures + found, failed + [command] * (not found)
-    return machines, figures + derived(figures), failed
+        place = place_of(command, args, folder)
+        if not run(command, args, place, until):
+            failed.append(command)
+            continue
+        hardware, figures = read(place)
+        machine, _, day = hardware.rpartition(", ")
+        table = tables.setdefault(machine, Table(machine, [], [], []))
+        table.days.append(day)
+        table.codes.append(json.loads(place.read_text("utf-8")).get("code", "unknown"))
+        table.figures += figures
+    for table in tables.values():
+        table.figures += derived(table.figures)
+    return list(tables.values()), failed
 
 
 def main() -> None:
@@ -183,13 +222,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = (args.keep or Path(place)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        machines, figures, failed = measure(commands, args, folder)
-    if not figures:
+        tables, failed = measure(commands, args, folder)
+    if not tables:
         sys.exit(f"error: no benchmark gave figures: {'; '.join(failed)}")
-    table = markdown("; ".join(dict.fromkeys(machines)), figures)
-    print(f"\n{table}")
+    code, figures = code_of(ROOT), [figure for table in tables for figure in table.figures]
+    text = "\n".join(table.markdown(code) for table in tables)
+    print(f"\n{text}")
     if args.write:
-        write(args.device, table)
+        write(args.device, text)
     for verdict, words in (("missed", "miss their goal"), ("open", "could not be measured")):
         found = [f"{figure.what} ({figure.reference})" for figure in figures if figure.verdict == verdict]
         print(f"{len(found)} of {len(figures)} figures {words}{': ' + '; '.join(found) if found else ''}")

@@ -39,6 +39,7 @@ from hcpdiff.families.sd import StableDiffusion
 from hcpdiff.train.compiled import compile_regions
 
 EAGER, KEPT = "ours uncompiled", "ours without checkpointing"
+PEFT = ("loop", "loop plain")  # what ours has to be below
 WARM, AGAIN = 4, 2  # steps on a GPU that do not count, before the first turn and before each
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONFIGS = ROOT / "hcpdiff" / "assets" / "base_models"
@@ -234,10 +235,11 @@ def first_target(args: argparse.Namespace) -> bool:
 
 
 def figures(args: argparse.Namespace, ways: dict[str, Way]) -> list[Figure]:
-    """Ours to each other way, and what --compile and --checkpointing change of ours. Below peft's: on a GPU in every pair; a CPU's host is too noisy for that."""
+    """Ours to each other way, and what --compile and --checkpointing change of ours. Below peft's: on a GPU in every pair; a CPU's host is too noisy for that,
+    so there the median counts."""
     label = f"{args.model or args.family} {args.pixels} px batch {args.batch} {args.dtype}{' compiled' if args.compile else ''}{' checkpointing' if args.checkpointing else ''}"
     ours, gpu, made = ways["ours"], args.device != "cpu", []
-    bounds = {"floor": goal(args), "loop": 1.0, "loop plain": 1.0}
+    bounds = {"floor": goal(args)} | dict.fromkeys(PEFT, 1.0)
     for way in (way for name, way in ways.items() if name not in ("ours", EAGER, KEPT)):
         made.append(_pairs(f"step, {label}", way.name, ours, way, bounds.get(way.name), gpu and way.name != "floor"))
     if first_target(args):
@@ -249,7 +251,7 @@ def figures(args: argparse.Namespace, ways: dict[str, Way]) -> list[Figure]:
                            values=_seconds(slow) | _seconds(ours), note=_unfit(slow, ours)))
     if KEPT in ways:
         made.append(_pairs(f"step, {label}", KEPT, ours, ways[KEPT]))
-    return made + ([_peak(label, ours, way) for way in ways.values() if way.name in ("floor", "loop", KEPT)] if gpu else [])
+    return made + ([_peak(label, ours, way) for way in ways.values() if way.name in ("floor", *PEFT, KEPT)] if gpu else [])
 
 
 def _pairs(what: str, reference: str, one: Way, other: Way, bound: float | None = None, every: bool = False) -> Figure:
@@ -259,7 +261,7 @@ def _pairs(what: str, reference: str, one: Way, other: Way, bound: float | None 
 def _peak(label: str, ours: Way, other: Way) -> Figure:
     """Peak memory beside the frozen weights, which are the same for all."""
     values = {f"{way.name} MiB": statistics.median(way.peaks) / MIB for way in (ours, other) if way.peaks}
-    return Figure(f"peak memory beside the weights, {label}", other.name, _ratios(ours.peaks, other.peaks), 1.0 if other.name == "loop" else None, values=values, note=_unfit(ours, other))
+    return Figure(f"peak memory beside the weights, {label}", other.name, _ratios(ours.peaks, other.peaks), 1.0 if other.name in PEFT else None, values=values, note=_unfit(ours, other))
 
 
 def _ratios(over: list, under: list) -> list[float]:
