@@ -262,6 +262,15 @@ def test_model_folder_of_another_kind_of_vae_is_refused(ours, tmp_path):
         ours(new_components={"vae": {**block, "pretrained_model_name_or_path": "any3.0/vae"}})
 
 
+@pytest.mark.parametrize("value", [None, 3, ["a", "b"], True, {}, ""])
+def test_a_place_of_a_part_that_is_no_text_is_named(value):
+    specs = {name: {"_target_": f"{kind}.from_pretrained", "pretrained_model_name_or_path": value}
+             for name, kind in (("vae", "diffusers.AutoencoderKL"), ("tokenizer", "transformers.CLIPTokenizer"), ("scheduler", "diffusers.DDIMScheduler"))}
+    faults = components.check(specs, list(specs), ())
+    assert [fault.split(" is ")[0] for fault in faults] == [f"new_components.{name}.pretrained_model_name_or_path = {value!r}" for name in specs]
+    assert all("a folder" in fault and "hub id" in fault for fault in faults)
+
+
 def test_black_or_broken_vae_result_is_decoded_again_in_fp32(base):
     pipe = copy.deepcopy(base)
     with torch.no_grad():

@@ -21,8 +21,16 @@ def check(specs: Mapping[str, Mapping], known: Sequence[str], allow: Sequence[st
         if name not in known:
             faults.append(f"{where}: this model has no such part; it has {', '.join(known)}.")
         else:
-            faults += check_target(spec, name, where, allow)
+            faults += check_target(spec, name, where, allow) or _place_faults(spec, where)
     return faults
+
+
+def _place_faults(spec: Mapping, where: str) -> list[str]:
+    """What cannot name a place: a loader's arguments are a free map, whose types the config's check does not know."""
+    value = spec.get(SOURCE_ARGUMENT, "a place")
+    if not spec["_target_"].endswith(LOADER) or isinstance(value, str) and value.strip():
+        return []
+    return [f"{where}.{SOURCE_ARGUMENT} = {value!r} is no text that names a place. It takes a folder, or a hub id (name/name)."]
 
 
 def base_scheduler(config: Mapping):
