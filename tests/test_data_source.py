@@ -1,6 +1,7 @@
 """Sources: every image is found, and everything wrong with a folder is in one message."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -142,6 +143,35 @@ def test_captions_of_skipped_images_are_not_told_as_unused(tmp_path):
     assert found.notices == ["1 captions belong to no image: '3'"]
 
 
+def test_a_bad_image_is_the_only_fault_where_its_caption_is_the_only_one(tmp_path):
+    """Without skip_bad_images; whatever the form of the captions, nothing is said of them."""
+    folder_of(tmp_path / "i", {"1.png": (40, 30)})
+    (tmp_path / "i" / "2.png").write_bytes(b"")
+    (tmp_path / "c.json").write_text('{"2": "two"}')
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "2.txt").write_text("two")
+    for file in ("c.json", "t"):
+        found, faults = read(source(tmp_path / "i", caption_file=str(tmp_path / file)))
+        assert len(faults) == 1 and "1 of 2 images cannot be read" in faults[0] and not found.captions.notices, file
+
+
+def test_the_caption_of_a_skipped_image_may_lie_deeper(tmp_path):
+    folder_of(tmp_path, {"1.png": (40, 30)})
+    (tmp_path / "7.png").write_bytes(b"")
+    deep = {"captions/part1/1": "one", "captions/part1/7.png": "seven"}
+    (tmp_path / "c.json").write_text(json.dumps(deep))
+    found, faults = read(source(tmp_path, skip_bad_images=True, caption_file=str(tmp_path / "c.json")))
+    assert not faults and not found.notices and found.captions.texts == ["one"]
+    (tmp_path / "c.json").write_text(json.dumps(deep | {"captions/part2/7.png": "seven"}))  # two keys with the tail are nobody's, of a whole image too
+    found, faults = read(source(tmp_path, skip_bad_images=True, caption_file=str(tmp_path / "c.json")))
+    assert not faults and found.notices == ["2 captions belong to no image: 'captions/part1/7.png', 'captions/part2/7.png'"]
+    (tmp_path / "t" / "captions" / "part1").mkdir(parents=True)
+    for name in "17":
+        (tmp_path / "t" / "captions" / "part1" / f"{name}.txt").write_text(name)
+    found, faults = read(source(tmp_path, skip_bad_images=True, caption_file=str(tmp_path / "t")))
+    assert not faults and not found.notices and found.captions.texts == ["1"]
+
+
 def test_skipped_images_take_no_caption_from_others(tmp_path):
     """A damaged image of the same name in another folder makes no key doubtful, and the captions that only skipped images have are not read."""
     folder_of(tmp_path / "i", {"a/x.png": (40, 30), "7.png": (40, 30)})
@@ -151,6 +181,9 @@ def test_skipped_images_take_no_caption_from_others(tmp_path):
     (tmp_path / "c.json").write_text('{"x": "one", "deep/7": "seven"}')
     found, faults = read(source(tmp_path / "i", skip_bad_images=True, caption_file=str(tmp_path / "c.json")))
     assert not faults and dict(zip(found.keys, found.captions.texts)) == {"a/x.png": "one", "7.png": "seven"}
+    (tmp_path / "c.json").write_text('{"x": "one", "b/7": "their own"}')  # of a whole b/7.png it would be
+    found, faults = read(source(tmp_path / "i", skip_bad_images=True, caption_file=str(tmp_path / "c.json")))
+    assert not faults and not found.notices and dict(zip(found.keys, found.captions.texts)) == {"a/x.png": "one", "7.png": None}
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "x.txt").write_text("text")
     (tmp_path / "t" / "bad.txt").write_bytes(b"\xff\xfe\xfa")
@@ -177,6 +210,7 @@ def test_an_image_for_which_there_is_no_memory_is_not_skipped_and_not_called_dam
             build(config).cache_latents(Encoder(), "v")
     message = str(caught.value)
     assert "01.png: no main memory was left" in message and "cannot be read" not in message and "skip_bad_images" not in message
+    assert "train.workers" not in message  # none of its processes read it
     assert build(config).images == 3
 
 

@@ -20,11 +20,13 @@ TABLE_ENDINGS = (".json", ".jsonl", ".yaml", ".yml")
 
 @dataclass
 class Captions:
-    """`texts[i]` is the caption of image i, '' if it is empty, None if there is none. `notices` are for the start report."""
+    """`texts[i]` is the caption of image i, '' if it is empty, None if there is none. `notices` are for the start report; `fit` is how many keys name an image,
+    skipped ones too."""
 
     texts: list[str | None]
     form: str
     notices: list[str] = field(default_factory=list)
+    fit: int = 0
 
     @property
     def found(self) -> int:
@@ -120,9 +122,9 @@ def match(table: dict[str, str], img_root: str, keys: Sequence[str], origin: str
         normal = _normal(key)
         entries[normal[len(root):] if img_root and normal.startswith(root) else normal] = (key, text)
 
-    names = [_normal(key) for key in keys]
+    names, gone = [_normal(key) for key in keys], [_normal(key) for key in skipped]
     texts: list[str | None] = [None] * len(keys)
-    used: set[str] = set()
+    used = {spelling for name in gone for spelling in (name, os.path.splitext(name)[0]) if spelling in entries}  # theirs alone, though nobody sees it
     for spell in (lambda name: name, lambda name: os.path.splitext(name)[0]):  # paths below img_root: one place only
         for number, name in enumerate(names):
             if texts[number] is None and spell(name) in entries:
@@ -141,8 +143,9 @@ def match(table: dict[str, str], img_root: str, keys: Sequence[str], origin: str
                 texts[number] = entries[key][1]
             used.add(key)
     _by_tail(entries, used, names, texts)
-    idle = {spelling for name in map(_normal, skipped) for path in (PurePosixPath(name),) for spelling in (name, os.path.splitext(name)[0], path.name, path.stem)}
-    return Captions(texts, "", _match_notices(entries, used | idle, names, texts))
+    used |= {spelling for path in map(PurePosixPath, gone) for spelling in (path.name, path.stem) if spelling in entries}
+    _by_tail(entries, used, gone, [None] * len(gone))
+    return Captions(texts, "", _match_notices(entries, used, names, texts), len(used))
 
 
 def _by_tail(entries: dict, used: set[str], names: list[str], texts: list[str | None]) -> None:

@@ -145,13 +145,15 @@ class BatchMaker:
         return torch.from_numpy(np.stack([pair[0] for pair in loaded])).permute(0, 3, 1, 2), stack_masks([pair[1] for pair in loaded], loaded[0][0].shape, self.vae_factor)
 
 
-def load_views(data: TrainDataset, image: int, views: Sequence[View], factor: int, file: object = None, mask_file: object = None) -> list[tuple[np.ndarray, np.ndarray | None]]:
+def load_views(data: TrainDataset, image: int, views: Sequence[View], factor: int, file: object = None,
+               mask_file: object = None) -> list[tuple[np.ndarray, np.ndarray | None]]:
     """(uint8 (H,W,3), mask float32 (h,w) or None) per view of one image; DataError names the file. `file`, `mask_file`: opened ones to use instead."""
     try:
         return _views(data, image, views, factor, file, mask_file)
     except MemoryError as error:
         source, number = data.source_of(image)
-        raise ImageMemoryError(no_memory(source.path(number))) from error
+        workers = "; lower train.workers, each of which reads images" if data.cache == "none" else ""
+        raise ImageMemoryError(no_memory(source.path(number), workers)) from error
 
 
 def _views(data: TrainDataset, image: int, views: Sequence[View], factor: int, file: object, mask_file: object) -> list[tuple[np.ndarray, np.ndarray | None]]:

@@ -84,8 +84,7 @@ def read_source(name: str, config: Any, where: str, faults: list[str], verify: b
     keys, notices = _image_keys(config, where, faults)
     every = keys
     keys, sizes, skipped = _readable(keys, config, where, faults, verify, known_good)
-    left_out = sorted(set(every).difference(keys)) if skipped else []
-    captions = load_captions(config.caption_file, config.img_root, keys, where, faults, left_out)
+    captions = load_captions(config.caption_file, config.img_root, keys, where, faults, sorted(set(every).difference(keys)))
     _caption_faults(captions, config, keys, where, faults)
     has_captions = captions.found > 0
     templates = load_templates(config.prompt_template, has_captions, config.word_names, where, faults)
@@ -145,9 +144,9 @@ def damaged(lines: list[str], total: int) -> str:
     return (f"{len(lines)} of {total} images cannot be read. Repair or remove them, or set skip_bad_images: true to go on without them:\n{_lines(lines)}")
 
 
-def no_memory(name: str) -> str:
-    """The message about an image that may be as good as any."""
-    return f"{shown(name)}: no main memory was left to read it. Let other programs end, or make large images smaller."
+def no_memory(name: str, more: str = "") -> str:
+    """The message about an image that may be as good as any. `more`: what else needs less where it is read."""
+    return f"{shown(name)}: no main memory was left to read it. Let other programs end, or make large images smaller{more}."
 
 
 def _lines(lines: list[str]) -> str:
@@ -176,8 +175,8 @@ def _parallel(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]
 
 
 def _caption_faults(captions: Captions, config: Any, keys: list[str], where: str, faults: list[str]) -> None:
-    if config.caption_file is None or captions.found or not keys or captions.form == "none":
-        return
+    if config.caption_file is None or captions.found or not keys or captions.form == "none" or captions.fit and not config.skip_bad_images:
+        return  # the last: all captions are those of images that are told as bad
     details = "".join(f"\n  {notice}" for notice in captions.notices)
     faults.append(f"{where}.caption_file = {config.caption_file!r} has a caption for none of {len(keys)} images ({shown(', '.join(keys[:3]))}{' ...' if len(keys) > 3 else ''}). "
                   f"Name text files or keys like the images, or set caption_file: null.{details}")
