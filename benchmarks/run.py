@@ -91,6 +91,8 @@ def code_of(root: Path) -> str:
 
     try:
         commit, changes = git("rev-parse", "--short", "HEAD").decode().strip(), git("diff", "HEAD", "--", "hcpdiff", "benchmarks")
+        for name in git("ls-files", "-oz", "--exclude-standard", "--", "hcpdiff", "benchmarks").split(b"\0")[:-1]:
+            changes += name + b"\0" + hashlib.sha256((root / os.fsdecode(name)).read_bytes()).digest()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + (f"+{hashlib.sha256(changes).hexdigest()[:7]}" if changes else "")

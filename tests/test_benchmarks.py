@@ -461,7 +461,12 @@ def test_code_is_a_commit_and_what_was_changed_since(tmp_path):
     for text in ("2\n", "3\n"):
         file.write_text(text)
         codes.add(RUN.code_of(tmp_path))
-    assert len(codes) == 3 and all(code.partition("+")[0] == clean for code in codes)
+    (tmp_path / ".gitignore").write_text("*.pyc\n")
+    for name, text in (("b.py", "1\n"), ("b.py", "2\n"), ("c.py", "2\n"), ("it's ü.py", "2\n")):  # files that git does not know yet
+        (tmp_path / "benchmarks" / name).write_text(text)
+        codes.add(RUN.code_of(tmp_path))
+    (tmp_path / "benchmarks" / "a.pyc").write_text("1\n"), (tmp_path / "new.md").write_text("1\n")
+    assert len(codes) == 7 and RUN.code_of(tmp_path) in codes and all(code.partition("+")[0] == clean for code in codes)
 
 
 def test_what_tells_most_comes_first_on_a_gpu_and_nothing_twice():
