@@ -32,7 +32,8 @@ def _times(tensor: Tensor, factor: float) -> Tensor:
     return tensor if factor == 1 else tensor.mul_(factor)
 
 
-def _lora_linear(x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, ready: Factors | None) -> Tensor:
+def _lora_linear(x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float,
+                 ready: Factors | None) -> Tensor:
     """y = x W^T + b + s (z down^T) up^T for 2-D x, where z is x or its dropped-out copy; computes no gradient of W. `ready`: the factors in half precision, where they are known.
 
     What the backward pass needs is kept before y is computed: checkpointing computes a block again until it has all of that, and so stops before the block's last y.

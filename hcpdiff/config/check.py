@@ -102,7 +102,8 @@ def _existence(leaf: Leaf, carried: dict[tuple, Path]) -> str:
         if os.path.exists(text) or not looks_local(text) and not text.startswith("'"):
             return ""
         here = is_hub_form(text) and not text.startswith("'")
-        return "is no folder or file here, and not " + (f"looked for on the hub, since there is a folder {os.path.dirname(text)}/ here" if here else "the form of a hub id (name/name)") + _nearest(text)
+        why = f"looked for on the hub, since there is a folder {os.path.dirname(text)}/ here" if here else "the form of a hub id (name/name)"
+        return f"is no folder or file here, and not {why}{_nearest(text)}"
     if kind == "carried":
         return _carried(leaf, carried)
     if kind == "file" and os.path.isdir(text):

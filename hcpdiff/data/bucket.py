@@ -96,7 +96,9 @@ def ratio_buckets(sizes: np.ndarray, weights: np.ndarray, area: float, count: in
     result.sizes, result.assigned = [result.sizes[n] for n in kept], renumber[result.assigned]
     if len(found) < count:
         ratios = len(np.unique(np.round(logs[heard], 9)))
-        why = f"the images have only {ratios} distinct aspect ratio{'s' * (ratios != 1)}" if len(centres) < count else f"several ratios round to one size at step_size {step}; a smaller step_size tells them apart"
+        why = f"several ratios round to one size at step_size {step}; a smaller step_size tells them apart"
+        if len(centres) < count:
+            why = f"the images have only {ratios} distinct aspect ratio{'s' * (ratios != 1)}"
         result.notices.append(f"{len(found)} bucket{'s' * (len(found) != 1)} instead of num_bucket = {count}: {why}")
     return result
 
