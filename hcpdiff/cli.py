@@ -70,6 +70,11 @@ def config_parser(prog: str, description: str, epilog: str | None = None) -> Par
     return parser
 
 
+def place(value: str) -> str:
+    """`type` of every argument that is a path, or may be one: no shell expands the ~ of --option=~/x, and some expand none."""
+    return os.path.expanduser(value)
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """The parsed arguments; ConfigError for anything that is neither an option nor (where the parser takes them) key=value."""
     check_stray(argv, parser)

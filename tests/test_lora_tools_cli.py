@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hcpdiff.tools import lora_extract, lora_info, lora_merge, lora_resize
+from hcpdiff import cli
+from hcpdiff.tools import cache, lora_convert, lora_extract, lora_info, lora_merge, lora_resize
 
 ROOT = Path(__file__).parents[1]
 TOOLS = (lora_extract, lora_info, lora_merge, lora_resize)
@@ -24,6 +25,16 @@ def test_help_and_mistakes_need_no_torch(tmp_path):
             "print([name for name in ('torch', 'numpy', 'diffusers') if name in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("parser", [*(tool.parser for tool in (*TOOLS, lora_convert)), cache._parser], ids=lambda parser: parser.__module__)
+def test_every_path_may_begin_with_the_home_folder(parser, tmp_path, monkeypatch):
+    """No shell expands the ~ of --option=~/x."""
+    monkeypatch.setenv("HOME", str(tmp_path)), monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    paths = [action for action in parser()._actions if action.metavar in ("PATH", "FILE", "MODEL") or action.dest == "folder"]
+    words = [f"{action.option_strings[0]}=~/x" for action in paths if action.option_strings]
+    args = cli.parse(parser(), words or ["info", "~/x"])
+    assert paths and all(getattr(args, action.dest) in (str(tmp_path / "x"), [str(tmp_path / "x")]) for action in paths)
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

@@ -1,6 +1,5 @@
 """A base model as files: a diffusers folder or one safetensors file, read layer by layer, never whole."""
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,7 +112,6 @@ class BaseModel:
 
 def open_model(source: str, key: str) -> BaseModel:
     """The model that a user names by `key` (an option): a folder, a .safetensors file, or a hub id. CheckpointError or ConfigError says what is wrong."""
-    source = os.path.expanduser(source)
     path, notices = Path(source), []
     if path.is_file():
         model = BaseModel(path, single=_opened(path))

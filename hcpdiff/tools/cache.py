@@ -10,7 +10,7 @@ from ..errors import DataError
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="python -m hcpdiff.tools.cache", description="Look into the disk cache of latents (data.<name>.cache_dir), or remove from it.")
     parser.add_argument("command", choices=["info", "prune"], help="info: count and check the entries; prune: remove what is damaged, left over or long unused")
-    parser.add_argument("folder", nargs="?", default=".hcp-cache", help="the cache_dir (default: .hcp-cache)")
+    parser.add_argument("folder", nargs="?", type=cli.place, default=".hcp-cache", help="the cache_dir (default: .hcp-cache)")
     parser.add_argument("--days", type=float, default=None, metavar="N", help="prune: also what no run has used for N days (0: everything)")
     parser.add_argument("--dry-run", action="store_true", help="prune: only say what would go")
     return parser

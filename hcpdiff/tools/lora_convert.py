@@ -33,9 +33,10 @@ def parser() -> cli.Parser:
     add("--from_webui", action="store_true", help="webui (or any other spelling) to hcpdiff's files, one for each part")
     add("--to_diffusers", action="store_true", help="any spelling to one file for diffusers' load_lora_weights, every scale inside the factors")
     add("--to_peft", action="store_true", help="any spelling to PEFT's adapters, a folder for each part (adapter_model.safetensors, adapter_config.json)")
-    add("--lora_path", metavar="PATH", help="the LoRA: a file, a run folder (its newest step, all its parts), or a folder of diffusers or PEFT")
-    add("--lora_path_TE", metavar="FILE", nargs="+", default=[], help="the text encoder's file (SDXL: one or two); leave it out if there is none")
-    add("--dump_path", metavar="PATH", help="--to_webui, --to_diffusers: the file to write; --from_webui, --to_peft: the folder to write into")
+    add("--lora_path", metavar="PATH", type=cli.place, help="the LoRA: a file, a run folder (its newest step, all its parts), or a folder of diffusers or PEFT")
+    add("--lora_path_TE", metavar="FILE", type=cli.place, nargs="+", default=[],
+        help="the text encoder's file (SDXL: one or two); leave it out if there is none")
+    add("--dump_path", metavar="PATH", type=cli.place, help="--to_webui, --to_diffusers: the file to write; --from_webui, --to_peft: the folder to write into")
     add("--auto_scale_alpha", action="store_true", help="accepted, changes nothing: alpha is always written so that webui gets the strength that was trained")
     add("--sdxl", action="store_true", help="the LoRA is for SDXL (found by itself; the flag only confirms it)")
     add("--family", choices=FAMILIES, help="which Stable Diffusion it is for, where names and widths leave it open")

@@ -20,8 +20,8 @@ def parser() -> cli.Parser:
     options = cli.Parser(prog="python -m hcpdiff.tools.lora_extract", epilog=EPILOG,
                          description="Makes a LoRA of what a fine-tuned model changed of its base model (SVD, layer by layer), and says how much of it is lost.")
     add = options.add_argument
-    add("--base_model", metavar="MODEL", help="the model before: a diffusers folder, a .safetensors file or a hub id")
-    add("--tuned_model", metavar="MODEL", help="the model after, in any of these forms")
+    add("--base_model", metavar="MODEL", type=cli.place, help="the model before: a diffusers folder, a .safetensors file or a hub id")
+    add("--tuned_model", metavar="MODEL", type=cli.place, help="the model after, in any of these forms")
     add_limit(add)
     add("--conv_rank", type=int, metavar="N", help="the highest rank of a 3x3 convolution (default: --rank; 0: leave them out)")
     add("--parts", nargs="+", choices=STEMS, help="only these parts (default: all that both models have)")

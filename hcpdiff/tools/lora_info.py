@@ -19,8 +19,8 @@ def parser() -> cli.Parser:
     options = cli.Parser(prog="python -m hcpdiff.tools.lora_info", epilog=EPILOG,
                          description="Shows what LoRA files are: spelling, family, layers, ranks, alphas, norms, metadata, and what is wrong with them.")
     add = options.add_argument
-    add("--lora_path", metavar="PATH", nargs="+", default=[], help="the LoRA: files, or run folders (their newest step, all its parts)")
-    add("--base_model", metavar="MODEL", help="also say whether it fits this model: a diffusers folder, a .safetensors file or a hub id")
+    add("--lora_path", metavar="PATH", type=cli.place, nargs="+", default=[], help="the LoRA: files, or run folders (their newest step, all its parts)")
+    add("--base_model", metavar="MODEL", type=cli.place, help="also say whether it fits this model: a diffusers folder, a .safetensors file or a hub id")
     add("--layers", action="store_true", help="a row for each layer")
     add("--all_metadata", action="store_true", help="metadata in full, however long")
     add("--json", action="store_true", help="print all of it as JSON (a list, one map per file)")

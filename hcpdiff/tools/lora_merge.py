@@ -23,10 +23,11 @@ def parser() -> cli.Parser:
                          description="Adds LoRA up: several into one file that works in webui, ComfyUI and hcpdiff, or into a base model. Reads every usual spelling; "
                                      "checks what it writes.")
     add = options.add_argument
-    add("--lora_path", metavar="PATH", nargs="+", default=[], help="the LoRA: files, or run folders (their newest step, all its parts)")
+    add("--lora_path", metavar="PATH", type=cli.place, nargs="+", default=[], help="the LoRA: files, or run folders (their newest step, all its parts)")
     add("--alpha", metavar="WEIGHT", type=float, nargs="+", default=[], help="the strength of each, or one for all (default: 1); may be negative")
     add("--alpha_TE", metavar="WEIGHT", type=float, nargs="+", default=[], help="the same for text encoders (default: --alpha)")
-    add("--base_model", metavar="MODEL", help="write this model with the LoRA in its weights: a diffusers folder, a .safetensors file or a hub id")
+    add("--base_model", metavar="MODEL", type=cli.place,
+        help="write this model with the LoRA in its weights: a diffusers folder, a .safetensors file or a hub id")
     add_limit(add)
     add_output(add, "the sources' own where that is exact, else fp32")
     add_family(add)

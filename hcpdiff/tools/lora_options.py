@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hcpdiff.checkpoint.paths import SUFFIX, StepFiles, beside, locate
 from hcpdiff.checkpoint.safetensors_header import read_header
+from hcpdiff.cli import place
 from hcpdiff.config.schema import OPEN_METADATA
 from hcpdiff.errors import CheckpointError, HCPError
 
@@ -19,7 +20,7 @@ Source = tuple[str, list[Path]]  # what the user named, and the files that it st
 
 def add_output(add: Callable, dtypes: str) -> None:
     """--dump_path and what goes with it; `dtypes` says what --save_dtype defaults to."""
-    add("--dump_path", metavar="PATH", help="the file to write")
+    add("--dump_path", metavar="PATH", type=place, help="the file to write")
     add("--save_dtype", choices=SAVE_DTYPES, help=f"store the factors in this type (default: {dtypes})")
     add("--name", help="the name in the metadata (default: that of the file)")
     add("--metadata", metavar="KEY=VALUE", action="append", default=[], help="an entry of the header, such as modelspec.author=me; may be repeated")

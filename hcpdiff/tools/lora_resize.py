@@ -19,7 +19,7 @@ def parser() -> cli.Parser:
     options = cli.Parser(prog="python -m hcpdiff.tools.lora_resize", epilog=EPILOG,
                          description="Cuts a LoRA to a lower rank by SVD, and says how much of its effect that loses. Reads every usual spelling; writes webui's.")
     add = options.add_argument
-    add("--lora_path", metavar="PATH", help="the LoRA: a file, or a run folder (its newest step, all its parts)")
+    add("--lora_path", metavar="PATH", type=cli.place, help="the LoRA: a file, or a run folder (its newest step, all its parts)")
     add_limit(add)
     add_output(add, "as they are")
     add_family(add)
