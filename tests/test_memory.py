@@ -49,14 +49,15 @@ def equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 
-def sharded(folder, parts: int = 3, variant: str = "") -> None:
-    """A folder's UNet in several files, as the hub has large ones."""
-    tensors = load_file(folder / FILE)
-    (folder / FILE).unlink()
+def sharded(folder, parts: int = 3, variant: str = "", part: str = "unet") -> None:
+    """A folder's UNet (or VAE) in several files, as the hub has large ones."""
+    file = folder / part / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
     names = {name: f"diffusion_pytorch_model-{i % parts + 1:05}-of-{parts:05}.safetensors" for i, name in enumerate(tensors)}
     for file in set(names.values()):
-        save_file({name: tensors[name] for name in names if names[name] == file}, folder / "unet" / file)
-    (folder / "unet" / f"diffusion_pytorch_model.safetensors.index{variant}.json").write_text(json.dumps({"metadata": {}, "weight_map": names}), "utf-8")
+        save_file({name: tensors[name] for name in names if names[name] == file}, folder / part / file)
+    (folder / part / f"diffusion_pytorch_model.safetensors.index{variant}.json").write_text(json.dumps({"metadata": {}, "weight_map": names}), "utf-8")
 
 
 # ---- outlines ---------------------------------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,11 @@ def singles(tmp_path_factory, one_tokenizer):
     return made
 
 
+def whole(outline):
+    module, read = outline
+    return read(module)
+
+
 @pytest.mark.parametrize("kind", PARTS)
 def test_every_weight_of_a_file_arrives(singles, kind):
     parts, path = singles[kind]
@@ -33,7 +38,7 @@ def test_every_weight_of_a_file_arrives(singles, kind):
     assert place.kind.name == kind
     place.check(place.parts())
     for name, part in parts.items():
-        read = place.load(type(part), name, torch.float32)
+        read = whole(place.outline(type(part), name, torch.float32))
         wanted = part.state_dict()
         assert read.state_dict().keys() == wanted.keys()
         assert all(torch.equal(tensor, wanted[key]) for key, tensor in read.state_dict().items())
@@ -173,7 +178,7 @@ def test_a_part_in_two_spellings_is_refused_and_buffers_in_another_are_not(said,
 
 def load_fault(path, part, kind, **options) -> str:
     with pytest.raises(HCPError) as caught:
-        open_place(path, **options).load(type(make_parts(kind)[part]) if isinstance(kind, str) else kind, part, torch.float32)
+        whole(open_place(path, **options).outline(type(make_parts(kind)[part]) if isinstance(kind, str) else kind, part, torch.float32))
     return "\n".join(caught.value.faults)
 
 
@@ -200,7 +205,7 @@ def test_a_ckpt_of_tensors_is_read_and_one_that_runs_code_is_not(singles, tmp_pa
     torch.save({"state_dict": ldm_state("sd1", parts), "global_step": 7}, tmp_path / "m.ckpt")
     place = open_place(tmp_path / "m.ckpt")
     place.check(place.parts())
-    read = place.load(type(parts["vae"]), "vae", torch.float32)
+    read = whole(place.outline(type(parts["vae"]), "vae", torch.float32))
     assert all(torch.equal(tensor, parts["vae"].state_dict()[name]) for name, tensor in read.state_dict().items())
     marks = place.mark("vae"), place.mark("unet")
     assert marks[0] != marks[1] and place.mark("vae") == marks[0]
@@ -222,7 +227,7 @@ def test_older_and_rarer_spellings_of_text_encoders_are_read(singles, tmp_path):
     parts, _ = singles["sd1"]
     flat = {name.replace("text_model.", "") if name.startswith("cond") else name: tensor for name, tensor in ldm_state("sd1", parts).items()}
     save_file(flat, tmp_path / "flat.safetensors")
-    read = open_place(tmp_path / "flat.safetensors").load(type(parts["text_encoder"]), "text_encoder", torch.float32)
+    read = whole(open_place(tmp_path / "flat.safetensors").outline(type(parts["text_encoder"]), "text_encoder", torch.float32))
     assert torch.equal(read.embeddings.token_embedding.weight, parts["text_encoder"].embeddings.token_embedding.weight)
     parts, _ = singles["sdxl"]
     comfy = ldm_state("sdxl", parts)
@@ -230,7 +235,7 @@ def test_older_and_rarer_spellings_of_text_encoders_are_read(singles, tmp_path):
     save_file(comfy, tmp_path / "comfy.safetensors")
     place = open_place(tmp_path / "comfy.safetensors")
     assert place.config("unet")["addition_time_embed_dim"] == 8
-    read = place.load(type(parts["text_encoder_2"]), "text_encoder_2", torch.float32)
+    read = whole(place.outline(type(parts["text_encoder_2"]), "text_encoder_2", torch.float32))
     assert torch.equal(read.text_projection.weight, parts["text_encoder_2"].text_projection.weight)
 
 
@@ -242,7 +247,7 @@ def test_the_last_layer_of_sd2s_text_encoder_is_left_out(tmp_path):
     save_file(ldm_state("sd2", parts) | {f"{UNET}input_blocks.1.1.proj_in.weight": torch.zeros(2, 2)}, tmp_path / "m.safetensors", {"modelspec.prediction_type": "v"})
     place = open_place(tmp_path / "m.safetensors")
     assert place.kind.name == "sd2" and place.config("text_encoder")["num_hidden_layers"] == 23
-    read = place.load(CLIPTextModel, "text_encoder", torch.float32)
+    read = whole(place.outline(CLIPTextModel, "text_encoder", torch.float32))
     assert len(read.encoder.layers) == 23 and torch.equal(read.encoder.layers[22].mlp.fc1.weight, parts["text_encoder"].encoder.layers[22].mlp.fc1.weight)
 
 
@@ -251,13 +256,13 @@ def test_half_and_eighth_precision_files_are_read_as_they_are(singles, tmp_path,
     parts, _ = singles["sd1"]
     state = {name: tensor.to(stored) for name, tensor in ldm_state("sd1", {"vae": parts["vae"]}).items()} | {f"{UNET}out.0.weight": torch.zeros(1)}
     save_file(state, tmp_path / "m.safetensors")
-    read = open_place(tmp_path / "m.safetensors").load(type(parts["vae"]), "vae", torch.float32)
+    read = whole(open_place(tmp_path / "m.safetensors").outline(type(parts["vae"]), "vae", torch.float32))
     assert all(torch.equal(tensor, parts["vae"].state_dict()[name].to(stored).float()) for name, tensor in read.state_dict().items())
 
 
 @pytest.mark.parametrize("form", ["ldm", "diffusers", "whole model"])
 def test_another_vae_may_be_a_file_in_every_form(singles, tmp_path, form):
-    from hcpdiff.families.place import check_vae, load_vae
+    from hcpdiff.families.place import check_vae, vae_outline
 
     parts, path = singles["sd1"]
     other = make_parts("sd1", seed=5)["vae"]
@@ -269,7 +274,7 @@ def test_another_vae_may_be_a_file_in_every_form(singles, tmp_path, form):
         save_file(state | {"loss.logvar" if form == "ldm" else "betas": torch.zeros(1)}, file)
     base = open_place(singles["sdxl"][1])
     check_vae(str(file), base, "model.vae")
-    read = load_vae(type(other), str(file), base, torch.float32, "model.vae")
+    read = whole(vae_outline(type(other), str(file), base, torch.float32, "model.vae"))
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in read.state_dict().items())
     assert read.config.scaling_factor == 0.13025  # a file of a VAE does not say it: the base model does
     with pytest.raises(HCPError, match="model.vae = .* holds no VAE"):
@@ -346,7 +351,7 @@ def test_latents_of_a_folder_are_those_of_its_file(singles, tmp_path):
 
     parts, path = singles["sd1"]
     folder = save_folder(tmp_path / "model", "sd1", parts)
-    read = [open_place(place).load(type(parts["vae"]), "vae", torch.float32) for place in (folder, path)]
+    read = [whole(open_place(place).outline(type(parts["vae"]), "vae", torch.float32)) for place in (folder, path)]
     assert fingerprint(read[0]) == fingerprint(read[1])
 
 

@@ -39,11 +39,19 @@ def content_digest(raw: bytes) -> bytes:
 
 def read_content(path: str | Path) -> Content:
     """Read and hash a file."""
-    before = _state(os.stat(path))
+    before = look(path)
     raw = Path(path).read_bytes()
-    after = _state(os.stat(path))
-    settled = before == after and time.time_ns() - max(after[1], after[2]) > _RACY_NS
-    return Content(raw, content_digest(raw), after if settled and _TRUSTED else None)
+    return Content(raw, content_digest(raw), settled(before, look(path)))
+
+
+def look(path: str | Path) -> tuple[int, ...]:
+    """What the file system says of a file."""
+    return _state(os.stat(path))
+
+
+def settled(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[int, ...] | None:
+    """By what a file is known again that was read between two looks at it; None where that cannot be."""
+    return after if before == after and time.time_ns() - max(after[1], after[2]) > _RACY_NS and _TRUSTED else None
 
 
 def _state(stat: os.stat_result) -> tuple[int, int, int, int, int]:
@@ -72,21 +80,21 @@ class HashMemo:
             return {}
         return {bytes(body[at:at + _NAME]): bytes(body[at + _NAME:at + _RECORD]) for at in range(0, len(body), _RECORD)}
 
-    def digest(self, path: str | Path) -> bytes | None:
-        """The file's digest if it is remembered and the file looks unchanged."""
-        name = _name(path)
+    def digest(self, path: str | Path, about: bytes = b"") -> bytes | None:
+        """The file's digest if it is remembered and the file looks unchanged. about: what else the digest depends on."""
+        name = _name(path, about)
         known = self._new.get(name) or self._known.get(name)
         if known is None or not _TRUSTED:
             return None
         try:
-            return known[_STATE.size:] if _packed(_state(os.stat(path))) == known[:_STATE.size] else None
+            return known[_STATE.size:] if _packed(look(path)) == known[:_STATE.size] else None
         except OSError:
             return None
 
-    def remember(self, path: str | Path, content: Content) -> None:
+    def remember(self, path: str | Path, content: Content, about: bytes = b"") -> None:
         """Keep a digest for the next time."""
         if content.state is not None:
-            self._new[_name(path)] = _packed(content.state) + content.digest
+            self._new[_name(path, about)] = _packed(content.state) + content.digest
 
     def save(self) -> None:
         """Write what is new, beside what other processes have written meanwhile; then forget all, for memory's sake."""
@@ -103,5 +111,5 @@ def _packed(state: tuple[int, ...]) -> bytes:
     return _STATE.pack(*(number % 2**64 for number in state))  # times before 1970, or in 300 years, as they come
 
 
-def _name(path: str | Path) -> bytes:
-    return hashlib.blake2b(os.path.abspath(path).encode("utf-8", "surrogateescape"), digest_size=16).digest()
+def _name(path: str | Path, about: bytes) -> bytes:
+    return hashlib.blake2b(os.path.abspath(path).encode("utf-8", "surrogateescape") + about, digest_size=16).digest()

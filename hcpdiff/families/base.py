@@ -79,6 +79,10 @@ class Models:
             self.unread.pop(name)(module, device, keep)
         module.to(device)
 
+    def weights_of(self, name: str) -> Path | None:
+        """The file that all weights of a part are still to be read from, if they lie in one."""
+        return self.unread[name].file if name in self.unread else None
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -128,11 +132,11 @@ class Family(Protocol):
     dense: tuple[str, ...]  # layers of the denoiser that all it takes in and gives out goes through: they are never kept in few bits
 
     def load(self, folder: Path | Place, name: str, parts: Sequence[str] | None, dtype: torch.dtype, vae: str | None = None, variant: str | None = None,
-             key: str = ..., outlines: Sequence[str] = (), seen: Callable[[str, nn.Module], None] | None = None) -> Models:
+             key: str = ..., outlines: Sequence[str] = (), seen: Callable[[str, Models], None] | None = None) -> Models:
         """Reads the named parts (None: all), frozen and in eval mode, on the CPU in `dtype` (the VAE in fp32); errors name `key`.
 
         outlines: parts of which everything but the weights' values is wanted now (`Models.read` gets these later). They are checked all the same.
-        seen: called with each part's name and module as soon as it is there.
+        seen: called with each part's name and what there is so far, the part in it.
         """
 
     def check(self, folder: Path | Place, parts: Sequence[str] = ..., vae: str | None = None, key: str = ...) -> None:
@@ -205,10 +209,22 @@ def text_components(family: Family) -> list[Component]:
     return [component for component in family.components if component.role == TEXT]
 
 
+def form_of(module: nn.Module) -> bytes:
+    """sha256 of all that a fingerprint has but the values: of an outline too."""
+    digest = hashlib.sha256(_config_of(module))
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+    return digest.digest()
+
+
+def _config_of(module: nn.Module) -> bytes:
+    config = {key: value for key, value in dict(getattr(module, "config", {})).items() if not key.startswith("_")}  # those are paths and versions
+    return json.dumps(config, sort_keys=True, default=str).encode()
+
+
 def fingerprint(module: nn.Module, state: Mapping[str, Tensor] | None = None) -> str:
     """sha256 over the module's config, and names, shapes, dtypes and all values of its state (or of the one that it had): what makes it compute what it computes."""
-    config = {key: value for key, value in dict(getattr(module, "config", {})).items() if not key.startswith("_")}  # those are paths and versions
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(_config_of(module))
     for name, tensor in (module.state_dict() if state is None else state).items():
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().flatten().cpu().contiguous().view(torch.uint8).numpy().data)

@@ -11,7 +11,8 @@ from ..device import send
 from ..errors import ConfigError, collect
 from . import clip_text
 from .base import DENOISER, Component, Models, Tokens, component_of, text_components
-from .place import Place, check_vae, load_vae, open_place
+from .place import Place, check_vae, open_place, vae_outline
+from .read_parts import CPU, Reader
 from .single_file import keys_for
 from .source import MODEL_KEY
 from .unet_names import text_path
@@ -36,19 +37,18 @@ class ClipUnet:
 
     def load(self, folder: Path | Place, name: str, parts: Sequence[str] | None = None, dtype: torch.dtype = torch.float32,
              vae: str | None = None, variant: str | None = None, key: str = MODEL_KEY, outlines: Sequence[str] = (),
-             seen: Callable[[str, torch.nn.Module], None] | None = None) -> Models:
+             seen: Callable[[str, Models], None] | None = None) -> Models:
         """Reads the named parts (None: all) and the tokenizers, frozen and in eval mode, on the CPU in `dtype` (the VAE in fp32); of `outlines` all but the values."""
         place, parts = open_place(folder), self.parts if parts is None else parts
         self.check(place, parts, vae, key)
         models = Models(self, place.path, name, {}, self._tokenizers(place, key), place.config("scheduler"))
         for part in sorted(parts, key=lambda part: part != "vae"):  # what is done with it may go on beside the others
-            if part in outlines:
-                models.modules[part], models.unread[part] = place.outline(self._kind(part), part, dtype, variant, key)
-            else:
-                models.modules[part] = self._load_part(place, part, dtype, vae, variant, key)
-            models.modules[part].requires_grad_(False).eval()
+            module, models.unread[part] = self._outline(place, part, dtype, vae, variant, key)
+            models.modules[part] = module.requires_grad_(False).eval()
+            if part not in outlines:
+                models.read(part, CPU)
             if seen:
-                seen(part, models.modules[part])
+                seen(part, models)
         if "vae" in models.modules:  # what latents need of the VAE outlives it
             models.extra["latent_shift"], models.extra["latent_scale"] = latent_affine(models.vae.config)
             self._check_channels(models, key)
@@ -91,10 +91,10 @@ class ClipUnet:
 
         return {name: place.tokenizer(CLIPTokenizer, name, key) for name in self._tokenizer_names()}
 
-    def _load_part(self, place: Place, part: str, dtype: torch.dtype, vae: str | None, variant: str | None, key: str) -> torch.nn.Module:
+    def _outline(self, place: Place, part: str, dtype: torch.dtype, vae: str | None, variant: str | None, key: str) -> tuple[torch.nn.Module, Reader]:
         if part == "vae" and vae:
-            return load_vae(self._kind(part), vae, place, torch.float32, keys_for(key).vae)
-        return place.load(self._kind(part), part, torch.float32 if part == "vae" else dtype, variant, key)
+            return vae_outline(self._kind(part), vae, place, torch.float32, keys_for(key).vae)
+        return place.outline(self._kind(part), part, torch.float32 if part == "vae" else dtype, variant, key)
 
     def _kind(self, part: str) -> type:
         """The class of a part."""

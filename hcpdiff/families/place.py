@@ -56,11 +56,9 @@ class Place(Protocol):
     def where(self, part: str) -> Path | str:
         """The place of a part's config, as messages name it."""
 
-    def load(self, kind: type, part: str, dtype: Dtype, variant: str | None = None, key: str = MODEL_KEY) -> nn.Module:
-        """The part as a module of this class, on the CPU in `dtype`; ConfigError where a weight is missing, left over, or of another shape."""
-
     def outline(self, kind: type, part: str, dtype: Dtype, variant: str | None = None, key: str = MODEL_KEY) -> tuple[nn.Module, Reader]:
-        """The part as `load` gives it, checked all the same, but with its parameters on meta (unless it had to be read whole), and what reads them."""
+        """The part as a module of this class in `dtype`, its parameters on meta (unless it had to be read whole), and what reads them (to the CPU, if not told otherwise).
+        ConfigError where a weight is missing, left over, or of another shape."""
 
     def tokenizer(self, kind: type, part: str = "tokenizer", key: str = MODEL_KEY) -> Any:
         """The tokenizer of this name."""
@@ -107,27 +105,9 @@ class Folder:
         """The path of its JSON file."""
         return self.path / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
 
-    def load(self, kind: type, part: str, dtype: Dtype, variant: str | None = None, key: str = MODEL_KEY) -> nn.Module:
-        """Its outline, filled."""
-        from .read_parts import CPU
-
-        module, read = self.outline(kind, part, dtype, variant, key)
-        read(module, CPU, None)
-        return module
-
     def outline(self, kind: type, part: str, dtype: Dtype, variant: str | None = None, key: str = MODEL_KEY) -> tuple[nn.Module, Reader]:
-        """From the header of the safetensors file that the library would read, where it holds every weight under its own name; anything else is left to the library."""
-        from .read_parts import move, outline
-
-        clip = is_of_transformers(kind)
-        try:
-            weights, config = folder_weights(self.path / part, variant, "model" if clip else "diffusion_pytorch_model"), self.config(part)
-            if weights and "quantization_config" not in config:
-                names = {name.removeprefix("text_model.") if clip else name: name for name in weights.shapes if not (clip and name.endswith(BUFFER))}
-                return outline(kind, config, HUGGINGFACE if clip else DIFFUSERS, weights, names, dtype, f"{key}: {self.path / part}")
-        except HCPError:  # older names, or a fault, which the library tells
-            pass
-        return load_whole(kind, self.path / part, key, options_for(kind, dtype) | ({"variant": variant} if variant is not None else {})), move
+        """From the header of its safetensors file, or as the library reads it."""
+        return _outline(kind, self.path / part, dtype, key, {"variant": variant} if variant is not None else {})
 
     def tokenizer(self, kind: type, part: str = "tokenizer", key: str = MODEL_KEY) -> Any:
         """From its folder."""
@@ -203,9 +183,26 @@ def check_vae(source: str, base: Place, key: str) -> None:
         find_part(source, "vae", key)
 
 
-def load_vae(kind: type, source: str, base: Place, dtype: Dtype, key: str) -> nn.Module:
-    """Another VAE than the base model's, from a folder, a hub id or a single file (which may be a whole model's)."""
+def vae_outline(kind: type, source: str, base: Place, dtype: Dtype, key: str) -> tuple[nn.Module, Reader]:
+    """Another VAE than the base model's, as `Place.outline` gives it, from a folder, a hub id or a single file (which may be a whole model's)."""
     if Path(source).is_file():
-        return vae_file.load(kind, source, base, dtype, key)
+        return vae_file.vae_outline(kind, source, base, dtype, key)
     place, options = find_part(source, "vae", key)
-    return load_whole(kind, place, key, options | options_for(kind, dtype))
+    return _outline(kind, place, dtype, key, options)
+
+
+def _outline(kind: type, place: Path | str, dtype: Dtype, key: str, options: dict[str, Any]) -> tuple[nn.Module, Reader]:
+    """From the header of the safetensors file that the library would read, where a folder has one and it holds every weight under its own name; anything else is
+    left to the library."""
+    from .read_parts import Reader, move, outline
+
+    clip = is_of_transformers(kind)
+    try:
+        weights = folder_weights(place, options.get("variant"), "model" if clip else "diffusion_pytorch_model") if isinstance(place, Path) else None
+        config = read_json(place / "config.json") if weights else {}
+        if weights and "quantization_config" not in config:
+            names = {name.removeprefix("text_model.") if clip else name: name for name in weights.shapes if not (clip and name.endswith(BUFFER))}
+            return outline(kind, config, HUGGINGFACE if clip else DIFFUSERS, weights, names, dtype, f"{key}: {place}")
+    except HCPError:  # older names, or a fault, which the library tells
+        pass
+    return load_whole(kind, place, key, options_for(kind, dtype) | options), Reader(move)

@@ -4,6 +4,8 @@ A part can be made in two steps: its outline, of which everything but the values
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,15 +19,20 @@ from .weight_file import WeightFile
 MOST_NAMED = 3
 
 Keep = Callable[[str, Tensor], Tensor]  # name, weight -> what is kept of it, such as fewer bits
-Reader = Callable[[nn.Module, torch.device, Keep | None], None]  # puts the weights of an outline on a device, one by one
 CPU = torch.device("cpu")
 
 
-def read_part(kind: type, config: Mapping[str, Any], style: str, weights: WeightFile, names: Mapping[str, str], dtype: torch.dtype, where: str, unused: str = "") -> nn.Module:
-    """A module of class `kind` in `dtype` on the CPU; arguments and errors as of `outline`."""
-    module, read = outline(kind, config, style, weights, names, dtype, where, unused)
-    read(module, CPU, None)
-    return module
+@dataclass(frozen=True)
+class Reader:
+    """Puts the weights of an outline on a device, one by one. file: where all of them lie; None where they lie in several, or were read already."""
+
+    read: Callable[[nn.Module, torch.device, Keep | None], None]
+    file: Path | None = None
+
+    def __call__(self, module: nn.Module, device: torch.device = CPU, keep: Keep | None = None) -> nn.Module:
+        """The module, complete."""
+        self.read(module, device, keep)
+        return module
 
 
 def outline(kind: type, config: Mapping[str, Any], style: str, weights: WeightFile, names: Mapping[str, str], dtype: torch.dtype, where: str,
@@ -51,11 +58,11 @@ def outline(kind: type, config: Mapping[str, Any], style: str, weights: WeightFi
         for name, tensor in _read(found, wanted, weights, names, dtype, device):
             set_weight(module, name, keep(name, tensor) if keep else tensor)
 
-    return module.requires_grad_(False).eval(), read
+    return module.requires_grad_(False).eval(), Reader(read, weights.file)
 
 
 def move(module: nn.Module, device: torch.device, keep: Keep | None) -> None:
-    """A `Reader` of a module whose weights are there already: of what is frozen. What is trained stays the object that an optimizer holds."""
+    """Reads (as of `Reader`) a module whose weights are there already: of what is frozen. What is trained stays the object that an optimizer holds."""
     for name in [name for name, parameter in module.named_parameters() if not parameter.requires_grad]:  # names alone: each weight goes in its turn
         tensor = module.get_parameter(name).data.to(device)
         set_weight(module, name, keep(name, tensor) if keep else tensor)

@@ -1,6 +1,6 @@
 """A base model as one .safetensors (or .ckpt) file, as shared for webui and ComfyUI: `Place` over its header, with configs that need no network.
 
-Everything here but `load` and `tokenizer` works without torch.
+Everything here but `outline` and `tokenizer` works without torch.
 """
 
 from __future__ import annotations
@@ -181,16 +181,8 @@ class SingleFile:
             return self.configs / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
         return f"{self.path} ({part})"
 
-    def load(self, kind: type, part: str, dtype: Dtype, variant: str | None = None, key: str = MODEL_KEY) -> nn.Module:
-        """The part, read tensor by tensor; ConfigError where a weight is missing, left over or of another shape."""
-        from .read_parts import CPU
-
-        module, read = self.outline(kind, part, dtype, variant, key)
-        read(module, CPU, None)
-        return module
-
     def outline(self, kind: type, part: str, dtype: Dtype, variant: str | None = None, key: str = MODEL_KEY) -> tuple[nn.Module, Reader]:
-        """As load, without the weights' values, and what reads them."""
+        """The part without its weights' values, and what reads them tensor by tensor; ConfigError where a weight is missing, left over or of another shape."""
         from .read_parts import outline
 
         style = self._layout(part)[1]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .place import Place
+    from .read_parts import Reader
 
 
 def open_vae(source: str, base: Place, key: str) -> tuple[WeightFile, dict[str, str], str, dict[str, Any]]:
@@ -43,9 +44,9 @@ def _idle(name: str) -> bool:
     return name.startswith(("loss.", "model_ema.")) or name in ("global_step", "logvar")
 
 
-def load(kind: type, source: str, base: Place, dtype: Dtype, key: str) -> nn.Module:
-    """The VAE as a module of class `kind`, on the CPU in `dtype`; ConfigError where a weight is missing, left over or of another shape."""
-    from .read_parts import read_part
+def vae_outline(kind: type, source: str, base: Place, dtype: Dtype, key: str) -> tuple[nn.Module, Reader]:
+    """The VAE as `Place.outline` gives it; ConfigError where a weight is missing, left over or of another shape."""
+    from .read_parts import outline
 
     weights, names, style, config = open_vae(source, base, key)
-    return read_part(kind, config, style, weights, names, dtype, f"{key}: {source}")
+    return outline(kind, config, style, weights, names, dtype, f"{key}: {source}")

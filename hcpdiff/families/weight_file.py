@@ -27,6 +27,11 @@ class WeightFile:
 
     path: Path
 
+    @property
+    def file(self) -> Path | None:
+        """The one file that holds all of them."""
+        return self.path
+
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """name -> shape."""
@@ -72,6 +77,10 @@ class WeightFile:
 
 class Shards(WeightFile):
     """The safetensors files that an index (`path`) names, as one."""
+
+    @property
+    def file(self) -> None:
+        """There are several."""
 
     @cached_property
     def _files(self) -> dict[str, WeightFile]:

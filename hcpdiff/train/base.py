@@ -3,7 +3,6 @@
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -13,10 +12,11 @@ from ..config.schema import DatasetConfig, ModelConfig, TrainConfig
 from ..diffusion.objective import PREDICTIONS, DiscreteObjective
 from ..errors import ConfigError
 from ..families import detect
-from ..families.base import TEXT, Models, denoiser_of, fingerprint
+from ..families.base import TEXT, Models, denoiser_of
 from ..families.place import open_place
 from ..families.source import resolve
 from ..quantized import Plan
+from .vae_mark import VaeMark
 
 NO_SIGNAL = 1e-6  # alphas_cumprod of a last step that holds noise alone; of SD's usual schedule it is 0.0047
 
@@ -37,27 +37,29 @@ class BaseModel:
         self.geometry = self.family.latent_geometry(self.place)
         self.models: Models | None = None
         self._marks: dict[str, str] = {}
-        self._vae_mark: Future[str] | None = None
+        self._vae: VaeMark | None = None
 
-    def load(self, dtype: torch.dtype, allow: Sequence[str]) -> Models:
-        """Reads every part, of the denoiser the outline (`Models.read` gets its weights)."""
-        self.models = self.family.load(self.place, self._name(), None, dtype, self.config.vae, self.config.variant, outlines=[denoiser_of(self.family).name], seen=self._seen)
+    def load(self, dtype: torch.dtype, allow: Sequence[str], cache: Path | None = None) -> Models:
+        """Reads every part, of the denoiser the outline (`Models.read` gets its weights), and so of the VAE where its mark is remembered beside the latents in `cache`."""
+        def seen(part: str, models: Models) -> None:
+            if part == "vae":
+                self._vae = VaeMark(models, cache)
+
+        outlines = [denoiser_of(self.family).name, "vae"]
+        self.models = self.family.load(self.place, self._name(), None, dtype, self.config.vae, self.config.variant, outlines=outlines, seen=seen)
         self._set_scheduler(allow)
         self._marks = {component.name: self.place.mark(component.name) for component in self.family.components}
         self.place.release()  # the denoiser is read when all that is encoded has been
         return self.models
 
-    def _seen(self, part: str, module: torch.nn.Module) -> None:
-        """A third of a GB is hashed by a thread, while other parts are read."""
-        if part == "vae":
-            pool = ThreadPoolExecutor(1, thread_name_prefix="hcpdiff-mark")
-            self._vae_mark = pool.submit(fingerprint, module, module.state_dict())  # of now: it may be moved meanwhile
-            pool.shutdown(wait=False)
-
     @property
     def marks(self) -> dict[str, str]:
         """Part -> digest of its weights, of a loaded model."""
-        return self._marks | {"vae": self._vae_mark.result()}
+        return self._marks | {"vae": self._vae.digest}
+
+    def remember_marks(self) -> None:
+        """For the next start, once there are cached latents."""
+        self._vae.remember()
 
     def read(self, name: str, device: torch.device) -> None:
         """Puts a part on the device; the denoiser's weights are read now, one by one, and kept in few bits where the config says so."""

@@ -8,24 +8,25 @@ import torch
 from ..data.dataset import TrainData
 from ..device import send
 from ..families.base import Models
+from ..families.read_parts import CPU
 from .parallel import Parallel
 
 EVERY = 5.0  # seconds between two lines on how far it is
 
 
 def cache_latents(data: TrainData, models: Models, mark: str, parallel: Parallel, keep_vae: bool, say: Callable[[str], None]) -> None:
-    """Fills the cache of every dataset that has one; each process does its share. keep_vae: for previews, which fetch it from the CPU when they draw."""
-    models.vae.to(parallel.device)
+    """Fills the cache of every dataset that has one; each process does its share. keep_vae: for previews, which fetch it from the CPU when they draw. A VAE that
+    nothing needs is not even read."""
     exchange = parallel.gather if parallel.world > 1 else None
     began = time.monotonic()
     own = data.cache_latents(_encoder(models, parallel.device), mark, parallel.rank, parallel.world, exchange, Telling("latents", say, "images", end=False))
     encoded = sum(parallel.gather(own))
     if any(one.cache != "none" for one in data.datasets):
         say(_summary(data, encoded, time.monotonic() - began))
-    if data.all_cached:
-        models.vae.to("cpu")
-        if not keep_vae:
-            models.drop("vae")
+    if data.all_cached and not keep_vae:
+        models.drop("vae")
+    else:
+        models.read("vae", CPU if data.all_cached else parallel.device)
 
 
 def _summary(data: TrainData, encoded: int, seconds: float) -> str:
@@ -39,8 +40,14 @@ def _summary(data: TrainData, encoded: int, seconds: float) -> str:
 
 
 def _encoder(models: Models, device: torch.device) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    ready = False
+
     @torch.no_grad()
     def encode(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal ready
+        if not ready:
+            models.read("vae", device)
+            ready = True
         return models.family.posterior(models, send(pixels, device))  # left there: the cache fetches them while the next image is encoded
 
     return encode

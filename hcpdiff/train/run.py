@@ -165,7 +165,8 @@ class Run:
 
     def _load_model(self) -> None:
         self.phase = "loading the model"
-        self.models = self.base.load(self.dtype, self.allow)
+        folders = [Path(data.cache_dir) for data in self.data.datasets if data.cache == "disk"]
+        self.models = self.base.load(self.dtype, self.allow, next(iter(folders), None))
         self.attention = machine.set_attention(self.models.modules[denoiser_of(self.base.family).name], self.cfg.model.attention, "model.attention")
 
     def _attach_adapters(self) -> None:
@@ -245,6 +246,7 @@ class Run:
         """Latents and prompts are encoded once, and what encodes them is let go, before the weights of the denoiser are read."""
         self.phase = "encoding latents"
         cache_latents(self.data, self.models, self.base.marks["vae"], self.parallel, bool(self.cfg.preview.prompts), self.log.say)
+        self.base.remember_marks()
         self.preview_prompts = None
         if self.text is None:
             return
