@@ -195,9 +195,9 @@ def test_of_a_file_one_tensor_at_a_time_is_held_beside_the_model(tiny_sd1, monke
     assert most[0] == 2 and len(kept) == 3, "tensors that are kept are counted"
 
 
-@pytest.mark.parametrize("form", ["flat", "text_model", "variant", "shards"])
+@pytest.mark.parametrize("form", ["flat", "text_model", "variant", "shards", "file and shards"])
 def test_a_folders_text_encoder_is_read_as_the_library_reads_it(tiny_sd1, tmp_path, monkeypatch, form):
-    """Without it, which takes three times as long: under the names of transformers 5 and of those before, whose files hold a buffer too."""
+    """Without it: under the names of transformers 5 and of those before, whose files hold a buffer too."""
     folder = shutil.copytree(tiny_sd1, tmp_path / "model") / "text_encoder"
     tensors, file, more = load_file(folder / "model.safetensors"), folder / "model.safetensors", {}
     if form == "text_model":
@@ -206,13 +206,15 @@ def test_a_folders_text_encoder_is_read_as_the_library_reads_it(tiny_sd1, tmp_pa
     elif form == "variant":
         more = {"variant": "fp16"}
         file = file.rename(folder / "model.fp16.safetensors")
-    elif form == "shards":
+    elif form.endswith("shards"):
         names = sorted(tensors)
+        tensors = {name: tensor + (form == "file and shards") for name, tensor in tensors.items()}  # the file is what counts there
         for number, some in enumerate((names[::2], names[1::2]), 1):
             save_file({name: tensors[name] for name in some}, folder / f"model-0000{number}-of-00002.safetensors", {"format": "pt"})
         places = {name: f"model-0000{1 + n % 2}-of-00002.safetensors" for n, name in enumerate(names)}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-        file.unlink()
+        if form == "shards":
+            file.unlink()
     wanted = CLIPTextModel.from_pretrained(folder, dtype=torch.bfloat16, **more).eval()
     monkeypatch.setattr("hcpdiff.families.place.load_whole", lambda *args: pytest.fail("the library reads it"))
     found = detect(folder.parent).load(folder.parent, "m", ["text_encoder"], torch.bfloat16, **more).text_encoder
@@ -220,6 +222,24 @@ def test_a_folders_text_encoder_is_read_as_the_library_reads_it(tiny_sd1, tmp_pa
     assert equal(found.state_dict(), wanted.state_dict()) and torch.equal(found(ids).last_hidden_state, wanted(ids).last_hidden_state)
     assert (found.dtype, found.config.dtype, found.config._attn_implementation) == (wanted.dtype, wanted.config.dtype, wanted.config._attn_implementation)
     assert not found.training and all(p.data_ptr() % 64 == 0 for p in found.parameters())
+
+
+@pytest.mark.parametrize("form", ["two spellings", "a config of other kinds", "another file by config"])
+def test_what_is_odd_about_a_text_encoder_is_left_to_the_library(tiny_sd1, tmp_path, form):
+    folder = shutil.copytree(tiny_sd1, tmp_path / "model") / "text_encoder"
+    config, tensors = json.loads((folder / "config.json").read_text("utf-8")), load_file(folder / "model.safetensors")
+    if form == "two spellings":
+        name = next(name for name in tensors if name.endswith("final_layer_norm.weight")).removeprefix("text_model.")
+        tensors |= {f"text_model.{name}": tensors.get(f"text_model.{name}", tensors.get(name)) + 1, name: tensors.get(name, tensors.get(f"text_model.{name}")) + 2}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    elif form == "a config of other kinds":
+        config |= {"block_out_channels": None}
+    else:
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / "other.safetensors", {"format": "pt"})
+        config |= {"transformers_weights": "other.safetensors"}
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    wanted = CLIPTextModel.from_pretrained(folder)
+    assert equal(detect(folder.parent).load(folder.parent, "m", ["text_encoder"]).text_encoder.state_dict(), wanted.state_dict())
 
 
 def test_the_mark_of_a_vae_is_that_of_what_was_read_whatever_becomes_of_it(tiny_sd1):

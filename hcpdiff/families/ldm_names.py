@@ -45,7 +45,7 @@ def sources(style: str, parameters: Iterable[str], config: Mapping[str, Any]) ->
     if style == LDM_UNET:
         modules = unet_modules(unet_plan(config))
         return {parameter: _unet(parameter, modules) for parameter in parameters}
-    blocks = len(config.get("block_out_channels", ()))
+    blocks = len(config["block_out_channels"]) if style == LDM_VAE else 0
     name = {HUGGINGFACE: _huggingface, OPEN_CLIP: _open_clip, LDM_VAE: lambda parameter: _vae(parameter, blocks), DIFFUSERS: lambda parameter: (Source(parameter),)}[style]
     return {parameter: name(parameter) for parameter in parameters}
 

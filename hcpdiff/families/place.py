@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 BUFFER = "embeddings.position_ids"  # that older transformers saved with a text encoder
+LIBRARY_S = {"quantization_config", "transformers_weights"}  # keys of a config by which the weights are other ones, or are to be made of what is stored
 
 
 @runtime_checkable
@@ -198,10 +199,11 @@ def _outline(kind: type, place: Path | str, dtype: Dtype, key: str, options: dic
 
     clip = is_of_transformers(kind)
     try:
-        weights = folder_weights(place, options.get("variant"), "model" if clip else "diffusion_pytorch_model") if isinstance(place, Path) else None
+        weights = folder_weights(place, options.get("variant"), clip) if isinstance(place, Path) else None
         config = read_json(place / "config.json") if weights else {}
-        if weights and "quantization_config" not in config:
-            names = {name.removeprefix("text_model.") if clip else name: name for name in weights.shapes if not (clip and name.endswith(BUFFER))}
+        stored = [name for name in weights.shapes if not (clip and name.endswith(BUFFER))] if weights else []
+        names = {name.removeprefix("text_model.") if clip else name: name for name in stored}
+        if stored and len(names) == len(stored) and not LIBRARY_S.intersection(config):
             return outline(kind, config, HUGGINGFACE if clip else DIFFUSERS, weights, names, dtype, f"{key}: {place}")
     except HCPError:  # older names, or a fault, which the library tells
         pass

@@ -83,9 +83,10 @@ def set_weight(module: nn.Module, name: str, tensor: Tensor) -> None:
 def empty(kind: type, config: Mapping[str, Any], where: str) -> nn.Module:
     """The module without weights (parameters on meta, buffers real)."""
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():
             if hasattr(kind, "config_class"):  # transformers; a kernel that a config names is code of the hub
                 return kind._from_config(kind.config_class.from_dict(dict(config)), attn_implementation="sdpa")
             return kind.from_config(dict(config))

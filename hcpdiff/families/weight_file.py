@@ -170,11 +170,14 @@ def _is_zip(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def folder_weights(folder: Path, variant: str | None, stem: str) -> WeightFile | None:
-    """The safetensors weights that a library would read of a part's folder: its shards, or its file; None where there are none. stem: what that library calls them."""
-    dotted = f".{variant}" if variant else ""
-    index, file = folder / f"{stem}.safetensors.index{dotted}.json", folder / f"{stem}{dotted}.safetensors"
-    return Shards(index) if index.is_file() else WeightFile(file) if file.is_file() else None
+def folder_weights(folder: Path, variant: str | None, clip: bool) -> WeightFile | None:
+    """The safetensors weights that a library would read of a part's folder (`clip`: transformers, else diffusers); None where there are none.
+
+    Where both are there, transformers takes the one file, diffusers the shards.
+    """
+    dotted, stem = f".{variant}" if variant else "", "model" if clip else "diffusion_pytorch_model"
+    found: list[WeightFile] = [WeightFile(folder / f"{stem}{dotted}.safetensors"), Shards(folder / f"{stem}.safetensors.index{dotted}.json")]
+    return next((weights for weights in (found if clip else reversed(found)) if weights.path.is_file()), None)
 
 
 def open_weights(path: Path) -> WeightFile:
