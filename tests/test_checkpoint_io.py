@@ -1,8 +1,10 @@
 """Safetensors files: written whole, byte for byte the same, readable by the safetensors package; damaged and hostile ones refused by name."""
 
 import json
+import mmap
 import os
 import struct
+import sys
 
 import pytest
 import safetensors.torch
@@ -10,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hcpdiff.checkpoint import io
 from hcpdiff.checkpoint.atomic import write_atomic
 from hcpdiff.checkpoint.io import Scratch, payload_sha256, read_tensor, read_tensors, save_tensors
 from hcpdiff.checkpoint.paths import beside, locate, missing, newest, split_name
@@ -231,8 +234,11 @@ def test_a_run_folder_stands_for_its_newest_step_with_all_parts(tmp_path):
         locate(tmp_path / "empty")
 
 
-def test_scratch_holds_one_tensor_after_the_other(tmp_path):
-    """Equal to what is read into memory of its own, whatever lay there before; it grows to the largest, and every tensor of a file fits in it, an empty one too."""
+@pytest.mark.parametrize("mapped", [True, False])
+def test_scratch_shows_one_tensor_after_the_other(tmp_path, monkeypatch, mapped):
+    """Equal to what is read into memory of its own, also where the file cannot be mapped safely (an older kernel); every tensor of a file fits, an empty one too."""
+    if not mapped:
+        monkeypatch.setattr(io, "_POPULATE_READ", 9999)
     tensors = {"large": torch.randn(40, 30), "half": torch.randn(7).half(), "empty": torch.zeros(0, 3), "scalar": torch.tensor(5), "flag": torch.tensor([True, False, True])}
     save_tensors(tmp_path / "t.safetensors", tensors, {})
     header, scratch = read_header(tmp_path / "t.safetensors"), Scratch()
@@ -240,8 +246,29 @@ def test_scratch_holds_one_tensor_after_the_other(tmp_path):
         found = read_tensor(tmp_path / "t.safetensors", header, name, scratch)
         assert found.dtype == tensors[name].dtype and torch.equal(found, tensors[name])
     first = read_tensor(tmp_path / "t.safetensors", header, "large", scratch)
-    assert read_tensor(tmp_path / "t.safetensors", header, "half", scratch).data_ptr() == first.data_ptr()
+    shared = read_tensor(tmp_path / "t.safetensors", header, "half", scratch).data_ptr() == first.data_ptr()
+    assert shared != (mapped and sys.platform == "linux")
+    first.zero_()
+    assert torch.equal(read_tensor(tmp_path / "t.safetensors", header, "large", scratch), tensors["large"]), "what is done to it does not reach the file"
     with open(tmp_path / "t.safetensors", "r+b") as file:
         file.truncate(header.payload + 100)
     with pytest.raises(CheckpointError):
         read_tensor(tmp_path / "t.safetensors", header, "large", scratch)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="files are mapped on Linux only")
+def test_a_file_that_is_cut_after_it_was_mapped_is_an_error_and_no_dead_process(tmp_path, monkeypatch):
+    """Looking at a page that is not there any more would be SIGBUS."""
+    path = tmp_path / "t.safetensors"
+    save_tensors(path, {"large": torch.ones(300, 1000)}, {})
+    header, real = read_header(path), mmap.mmap
+    assert torch.equal(read_tensor(path, header, "large", Scratch()), torch.ones(300, 1000))
+
+    def cut(*args, **keys):
+        pages = real(*args, **keys)
+        os.truncate(path, 5000)
+        return pages
+
+    monkeypatch.setattr(io.mmap, "mmap", cut)
+    with pytest.raises(CheckpointError, match="became shorter while it was read"):
+        read_tensor(path, header, "large", Scratch())

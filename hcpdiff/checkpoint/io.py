@@ -7,7 +7,9 @@ of a damaged or hostile file is named. Its files are read by the package and the
 
 import hashlib
 import json
+import mmap
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +26,7 @@ DTYPES = {
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_POPULATE_READ = 22  # MADV_POPULATE_READ of madvise(2), Linux 5.14: an error, where looking at the pages would be a signal
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], check: Callable[[Path], None] | None = None) -> str:
@@ -83,52 +86,73 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
             header = parse_header(file, path)
             tensors = {}
             for name, entry in sorted(header.entries.items(), key=lambda item: item[1].begin):
-                tensors[name] = _tensor(file, entry)
+                tensors[name] = _tensor(file, entry, header.payload + entry.begin)
     except OSError as error:
         raise unreadable(path, error) from error
     return tensors, header.metadata
 
 
 class Scratch:
-    """Memory for tensors that are only looked at or copied, one after the other: new memory for each would be handed out, and filled with zeros, page by page."""
+    """Where tensors lie that are only looked at or copied, one after the other: in the mapped file, else in memory that all of them share (new memory for each
+    would be handed out, and filled with zeros, page by page)."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
-    def take(self, size: int) -> Tensor:
-        """(size,) uint8, whose content is anything; valid until the next call."""
+    def look(self, file: BinaryIO, entry: Entry, start: int) -> Tensor:
+        """(n,) uint8: the tensor of `entry`, which begins at `start` in the file; valid until the next call. CheckpointError where the file is too short."""
+        size = entry.end - entry.begin
+        mapped = _mapped(file, start, size) if size and start % ITEM_BYTES[entry.dtype] == 0 else None
+        if mapped is not None:
+            return mapped
         if size > len(self._bytes):
             self._bytes = torch.empty(0, dtype=torch.uint8)  # let go before
             self._bytes = torch.empty(size, dtype=torch.uint8)
+        _read_into(file, start, self._bytes[:size])
         return self._bytes[:size]
 
 
+def _mapped(file: BinaryIO, start: int, size: int) -> Tensor | None:
+    """A part of a file as memory, copied nowhere; None where the system does not make sure before that all of it can be read: a page that cannot would kill
+    the process when it is looked at."""
+    if sys.platform != "linux":
+        return None
+    before = start % mmap.ALLOCATIONGRANULARITY
+    try:
+        pages = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=start - before)
+        pages.madvise(_POPULATE_READ)
+    except (OSError, ValueError):  # an older kernel, a file system without maps, or a fault, which reading tells
+        return None
+    return torch.frombuffer(pages, dtype=torch.uint8, offset=before, count=size)
+
+
 def read_tensor(path: Path, header: Header, name: str, scratch: Scratch | None = None) -> Tensor:
-    """One tensor of a file whose header was read before (on the CPU, owned by the caller, or lying in `scratch`). CheckpointError where it is not that file any more."""
+    """One tensor of a file whose header was read before (on the CPU, owned by the caller, or to be looked at as of `scratch`). CheckpointError where it is not that file any more."""
     try:
         with open(path, "rb", buffering=0) as file:
             check_same(path, header.stamp, stamp_of(os.fstat(file.fileno())))
-            file.seek(header.payload + header.entries[name].begin)
-            return _tensor(file, header.entries[name], scratch)
+            entry = header.entries[name]
+            if scratch is None:
+                return _tensor(file, entry, header.payload + entry.begin)
+            return scratch.look(file, entry, header.payload + entry.begin).view(DTYPES[entry.dtype]).reshape(entry.shape)
     except OSError as error:
         raise unreadable(path, error) from error
 
 
-def _tensor(file: BinaryIO, entry: Entry, scratch: Scratch | None = None) -> Tensor:
-    if scratch is None:
-        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])  # read into at once: other memory would be filled with zeros first
-    else:
-        tensor = scratch.take(entry.end - entry.begin).view(DTYPES[entry.dtype]).reshape(entry.shape)
-    if tensor.numel() and not _fill(file, tensor.reshape(-1).view(torch.uint8).numpy().data):
-        raise CheckpointError(f"{file.name} became shorter while it was read.")
+def _tensor(file: BinaryIO, entry: Entry, start: int) -> Tensor:
+    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])  # read into at once: other memory would be filled with zeros first
+    _read_into(file, start, tensor.reshape(-1).view(torch.uint8))
     return tensor
 
 
-def _fill(file: BinaryIO, place: memoryview) -> bool:
-    """Whether the file had as much; one call gives 2 GiB at most where it is not buffered."""
+def _read_into(file: BinaryIO, start: int, tensor: Tensor) -> None:
+    """The bytes of the file from `start` on; one call gives 2 GiB at most where it is not buffered."""
+    if not tensor.numel():
+        return
+    place = tensor.numpy().data
+    file.seek(start)
     while place:
         got = file.readinto(place)
         if not got:
-            return False
+            raise CheckpointError(f"{file.name} became shorter while it was read.")
         place = place[got:]
-    return True

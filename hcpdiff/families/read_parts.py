@@ -131,12 +131,6 @@ def _read(found: Mapping[str, Source], wanted: Mapping[str, tuple[int, ...]], we
         parts.setdefault(source.name, []).append((name, source))
     scratch = Scratch()
     for place, takers in parts.items():
-        name, source = takers[0]
-        if device == CPU and len(takers) == 1 and source.third is None and not source.turned:
-            tensor = weights.whole(names[place], dtype)  # read to where it stays
-            if tensor is not None:
-                yield name, tensor.reshape(wanted[name])
-                continue
         whole = weights.tensor(names[place], scratch)
         for name, source in takers:
             tensor = whole

@@ -14,7 +14,6 @@ from .source import shards_of
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch import dtype as Dtype
 
     from ..checkpoint.io import Scratch
 
@@ -48,16 +47,10 @@ class WeightFile:
         return self.header.metadata
 
     def tensor(self, name: str, scratch: "Scratch | None" = None) -> "Tensor":
-        """One tensor as it is stored, owned by the caller, or lying in `scratch`. CheckpointError where the file is another than when its header was read."""
+        """One tensor as it is stored, owned by the caller, or to be looked at as of `scratch`. CheckpointError where the file is another than when its header was read."""
         from ..checkpoint.io import read_tensor
 
         return read_tensor(self.path, self.header, name, scratch)
-
-    def whole(self, name: str, dtype: "Dtype") -> "Tensor | None":
-        """The tensor, owned by the caller, where it is stored in this dtype; else None."""
-        from ..checkpoint.io import DTYPES
-
-        return self.tensor(name) if DTYPES[self.header.entries[name].dtype] == dtype else None
 
     def mark(self, names: list[str]) -> str:
         """sha256 over names, kinds, shapes and a sample in the middle of each of these tensors; the file's own name and its other tensors do not count."""
@@ -95,10 +88,6 @@ class Shards(WeightFile):
     def tensor(self, name: str, scratch: "Scratch | None" = None) -> "Tensor":
         """As of one file."""
         return self._files[name].tensor(name, scratch)
-
-    def whole(self, name: str, dtype: "Dtype") -> "Tensor | None":
-        """As of one file."""
-        return self._files[name].whole(name, dtype)
 
 
 class PickleFile(WeightFile):
@@ -143,9 +132,6 @@ class PickleFile(WeightFile):
     def tensor(self, name: str, scratch: "Scratch | None" = None) -> "Tensor":
         """One tensor, mapped from the file; it needs no scratch."""
         return self._state[name]
-
-    def whole(self, name: str, dtype: "Dtype") -> None:
-        """What is mapped belongs to the file."""
 
     def release(self) -> None:
         """Lets the tensors go; shapes stay."""
