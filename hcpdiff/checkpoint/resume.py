@@ -21,6 +21,7 @@ from .io import read_tensors, save_tensors
 from .runs import FORMAT, JSON, STATES, TENSORS, some_states, states
 
 _TENSOR, _PAIRS, _TUPLE = "__tensor__", "__pairs__", "__tuple__"
+_ODD = (LookupError, TypeError, ValueError, AttributeError, RecursionError)  # what JSON that was not written here can lead to
 
 
 def save_state(run: Path, step: int, tree: dict[str, Any], keep: int, weights: Mapping[str, str] | None = None) -> Path:
@@ -104,11 +105,26 @@ def _asked_for(run: Path, step: int, steps: list[int]) -> dict[str, Any]:
 
 def _read(folder: Path) -> dict[str, Any]:
     sums.check(folder, (TENSORS, JSON))
-    record = json.loads((folder / JSON).read_text(encoding="utf-8"))
-    if record.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} has format {record.get('format')}, this version reads {FORMAT}: resume with the version that wrote it.")
+    try:
+        record = json.loads((folder / JSON).read_text(encoding="utf-8"))
+        version, packed = record["format"], record.get("tree")
+    except _ODD as error:
+        raise _stranger(folder) from error
+    if version != FORMAT:
+        raise CheckpointError(f"{folder} has format {version}, this version reads {FORMAT}: resume with the version that wrote it.")
     tensors, _ = read_tensors(folder / TENSORS)
-    return _unpack(record["tree"], tensors)
+    try:
+        tree = _unpack(packed, tensors)
+    except _ODD as error:
+        raise _stranger(folder) from error
+    if not isinstance(tree, dict) or type(tree.get("step")) is not int or tree["step"] != int(folder.name):
+        raise _stranger(folder)
+    return tree
+
+
+def _stranger(folder: Path) -> CheckpointError:
+    return CheckpointError(f"{folder / JSON} is no training state of step {folder.name}: it was changed, or is not from hcpdiff. Another state can be named: "
+                           f"train.resume={folder.with_name('<step>')}")
 
 
 def _pack(value: Any, tensors: dict[str, Tensor], path: str) -> Any:

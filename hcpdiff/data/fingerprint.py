@@ -92,7 +92,10 @@ def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
 
 
 def _source_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    old, new = _rows(before), _rows(now)
+    try:
+        old, new = _rows(before), _rows(now)
+    except (zlib.error, ValueError):  # a state may be a stranger's
+        return ["what the state holds of its images cannot be understood"]
     both = [name for name in new if name in old]
     found = [("are new", [name for name in new if name not in old]), ("are gone", [name for name in old if name not in new]),
              ("have other content", [name for name in both if old[name][0] != new[name][0]]), ("have another caption", [name for name in both if old[name][1] != new[name][1]])]

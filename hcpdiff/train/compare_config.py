@@ -26,21 +26,6 @@ class Changes:
     notes: list[str] = field(default_factory=list)
 
 
-def odd_counts(state: Mapping[str, Any]) -> list[str]:
-    """Which of the whole numbers that say where a saved run stands are none: a run folder may be a stranger's."""
-    run, places = state["run"], state["positions"]
-    if not isinstance(run, Mapping):
-        return ["run"]
-    whole = {"step": state["step"], "world": run.get("world"), "accumulation": run.get("accumulation")}
-    odd = [name for name, number in whole.items() if not _is_count(number)]
-    pairs = isinstance(places, list) and places and all(isinstance(place, list) and len(place) == 2 and all(map(_is_count, place)) for place in places)
-    return odd if pairs else [*odd, "positions"]
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
 def compare_images_per_step(saved: Mapping[str, Any], now: Mapping[str, Any], found: Changes) -> None:
     """Processes x accumulation are what one step takes of the plan: their product decides, not who does what."""
     (world, accumulation), (world_now, accumulation_now) = ((run["world"], run["accumulation"]) for run in (saved, now))

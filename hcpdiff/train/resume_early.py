@@ -9,7 +9,8 @@ from ..checkpoint import sums
 from ..checkpoint.runs import FORMAT, JSON, STATES, TENSORS, states
 from ..config.schema import RunConfig
 from ..errors import CheckpointError, HCPError
-from .compare_config import Changes, compare_configs, compare_images_per_step, is_done, odd_counts, refusals
+from .compare_config import Changes, compare_configs, compare_images_per_step, is_done, refusals
+from .form import HEAD
 
 ALSO = "Base model and data have not been compared yet."
 
@@ -33,7 +34,7 @@ def _peek(folder: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((folder / JSON).read_text(encoding="utf-8"))
         state = record["tree"]
-        known = record["format"] == FORMAT and not odd_counts(state) and isinstance(state["run"]["config"], Mapping)
+        known = record["format"] == FORMAT and not HEAD(state)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return state if known else None

@@ -6,11 +6,13 @@ from typing import Any
 
 from ..checkpoint import sums, tidy
 from ..checkpoint.resume import load_state
-from ..checkpoint.runs import STATES
+from ..checkpoint.runs import JSON, STATES
 from ..errors import CheckpointError
 from .compare import compare
-from .compare_config import odd_counts, refusals
-from .state import KEYS, misfits
+from .compare_config import refusals
+from .state import FORM, misfits
+
+_SHOWN = 5  # odd places of a state named in one message
 
 
 class Resumed:
@@ -19,14 +21,13 @@ class Resumed:
     def __init__(self, asked: str, folder: Path, step: int | None):
         self.asked, self.folder, self.notices = asked, folder, []
         self.state = load_state(folder, step, self.notices.append)
-        lacking = sorted((KEYS | {"run"}) - self.state.keys())
-        if lacking:
-            raise CheckpointError(f"train.resume = {asked!r}: its newest state is not one of a training run: it lacks {', '.join(lacking)}.")
-        odd = odd_counts(self.state)
+        odd = FORM(self.state) or ["positions"] * (len(self.state["positions"]) != len(self.state["run"]["data"]))
         if odd:
-            raise CheckpointError(f"train.resume = {asked!r}: its newest state is not one of a training run: {', '.join(odd)} cannot be understood.")
+            places = ", ".join(odd[:_SHOWN]) + (f" and {len(odd) - _SHOWN} more" if len(odd) > _SHOWN else "")
+            file = folder / STATES / str(self.state["step"]) / JSON
+            raise CheckpointError(f"train.resume = {asked!r}: {file} is no state of a training run: what is missing in it, or cannot be understood: {places}.")
         self.step: int = self.state["step"]
-        mark = self.folder / STATES / str(self.step)
+        mark = self.mark = self.folder / STATES / str(self.step)
         self.notices += [f"warning: {path} is not what was saved with {mark}. The state holds the weights itself; the run goes on from those." for path in sums.changed(mark)]
 
     def differences(self, now: Mapping[str, Any], trainables: Sequence, force: bool) -> list[str]:

@@ -230,7 +230,7 @@ class Run:
         resumed = self.place.resumed
         start = self.data.plan.start_of(resumed.state["positions"][0][0])
         state = resumed.placed([data.name for data in self.data.datasets], [(p.epoch, p.chunk) for p in start])
-        restore(trainer, self.trainables, state, Position, frozenset(self.cfg.train.optimizer) - {"_target_", "_partial_"})
+        restore(trainer, self.trainables, state, Position, frozenset(self.cfg.train.optimizer) - {"_target_", "_partial_"}, f"train.resume: {resumed.mark}")
 
     def _report(self, step: int) -> None:
         precision = f"{machine.SHORT[self.dtype]} (LoRA weights fp32), attention {self.attention}"
