@@ -94,23 +94,34 @@ def check_early(loaded) -> None:
 
 def check_folder(loaded) -> None:
     """HCPError where a new run cannot have its folder, or a resumed one is at work, was another one, or is done."""
-    from .checkpoint.runs import find_run
-    from .train import folder, resume_early
-    from .train.lock import refuse_busy
+    from .train import folder
 
     cfg = loaded.config
-    if not cfg.train.resume:
+    if cfg.train.resume:
+        check_resume(cfg.train.resume, cfg.train, loaded.plain)
+    else:
         folder.check(cfg.exp_dir, "exp_dir" in loaded.timed)
-        return
-    refuse_busy(Path(cfg.train.resume))  # before what it holds is looked at: a run at work may have saved nothing yet
-    found, step = find_run(cfg.train.resume)
+
+
+def check_resume(resume: str, train, plain: Mapping[str, Any], whole: bool = True) -> None:
+    """HCPError where the run to go on from is not there, is at work, was another one, or is done. `train`: that block of the config, None if it has faults;
+    `plain`: the config, or what is well of it."""
+    from .checkpoint.runs import find_run
+    from .train import resume_early
+    from .train.lock import refuse_busy
+
+    refuse_busy(Path(resume))  # before what it holds is looked at: a run at work may have saved nothing yet
+    found, step = find_run(resume)
     refuse_busy(found)
-    resume_early.check(cfg, loaded.plain, found, step, int(os.environ.get("WORLD_SIZE", 1)))
+    if train is not None:
+        resume_early.check(train, plain, found, step, int(os.environ.get("WORLD_SIZE", 1)), whole)
 
 
 def quick_checks(passed: Mapping[str, Any]) -> list[str]:
-    """Beside a config's own faults: what can be said of the data and the base model without torch."""
+    """Beside a config's own faults: what can be said without torch of the data, the base model, and the run that is gone on from."""
+    from .config.shape import to_plain
     from .data.source import check_sources
+    from .errors import collect
     from .families import not_to_be_had, quick_faults
 
     data = {key.removeprefix("data."): value for key, value in passed.items() if re.fullmatch(r"data\.[^.\[]+", key)}
@@ -118,7 +129,11 @@ def quick_checks(passed: Mapping[str, Any]) -> list[str]:
     source, vae, told, faults = model.get("pretrained_model_name_or_path"), model.get("vae"), model.get("prediction_type", "auto"), check_sources(data)
     if source:
         faults += quick_faults(source, without=("vae",) if vae else (), configs=model.get("config"), prediction=None if told == "auto" else told)
-    return faults + not_to_be_had(source, vae, model.get("revision"))
+    faults += not_to_be_had(source, vae, model.get("revision"))
+    if resume := passed.get("train.resume"):
+        plain = {key: to_plain(value) for key, value in passed.items() if "[" not in key}
+        collect(faults, lambda: check_resume(resume, passed.get("train"), plain, whole=False))
+    return faults
 
 
 if __name__ == "__main__":

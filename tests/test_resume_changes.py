@@ -32,6 +32,7 @@ from hcpdiff.train.compare import compare
 from hcpdiff.train.compare_config import flat
 from hcpdiff.train.report import versions
 from hcpdiff.train.resumed import Resumed
+from hcpdiff.train_ac import quick_checks
 
 CONFIG = """
 train: {{train_steps: 3, cpu_threads: 1, log_step: 1, save_step: 1, optimizer: {{_target_: torch.optim.SGD}}}}
@@ -302,15 +303,28 @@ def test_a_run_that_has_done_its_epochs_is_told_so_before_torch_is_read(first, t
         run("cfg.yaml", "train.resume=run")
 
 
+@pytest.mark.parametrize("overrides, words", [
+    (["sed=1"], ["sed (command line)"]), (["sed=1", "seed=7"], ["sed (command line)", "seed: 42 before, 7 now"]),
+    (["seed=x", "model.clip_skip=1", "data.one.source.a.flip=true"], ["seed = 'x'", "model.clip_skip: 0 before, 1 now\n  data.one.source.a.flip: false before, true now\n"]),
+    (["data.one.batch_sizes=1", "data.one.bucket.crop=random"], ["data.one.batch_sizes", "data.one.bucket.crop: 'center' before, 'random' now\n"]),
+    (["sed=1", "train.train_steps=3"], ["sed (command line)", "has done 3 of 3 steps"]),
+    (["lora_unet.0.rank=0", "train.gradient_accumulation_steps=2"], ["lora_unet[0].rank", "1 x 1 before, 1 x 2 now"]),
+    (["train.trian_steps=5", "train.resume=images"], ["train.trian_steps", "holds no training state"])])
+def test_a_configs_own_faults_come_with_those_of_its_resume(place, overrides, words):
+    with pytest.raises(ConfigError) as caught:
+        load("cfg.yaml", ["train.resume=run", "train.train_steps=4", *overrides], RunConfig, also=quick_checks)
+    assert len(caught.value.faults) == len(words) and all(word in fault for word, fault in zip(words, caught.value.faults)), caught.value.faults
+
+
 def test_a_damaged_newest_state_keeps_no_run_from_going_on(place):
     path = place / "run" / "states" / "3" / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     loaded = load("cfg.yaml", ["train.resume=run"], RunConfig)
-    resume_early.check(loaded.config, loaded.plain, place / "run", None, 1)
+    resume_early.check(loaded.config.train, loaded.plain, place / "run", None, 1)
     (place / "run" / "states" / "3" / "state.json").write_text("{", encoding="utf-8")
-    resume_early.check(loaded.config, loaded.plain, place / "run", None, 1)
+    resume_early.check(loaded.config.train, loaded.plain, place / "run", None, 1)
     with pytest.raises(CheckpointError, match="has done 2 of 2 steps"):
-        resume_early.check(replace(loaded.config, train=replace(loaded.config.train, train_steps=2)), loaded.plain, place / "run", 2, 1)
+        resume_early.check(replace(loaded.config.train, train_steps=2), loaded.plain, place / "run", 2, 1)
 
 
 def spoil(place, step: int, change) -> None:
@@ -326,7 +340,7 @@ def spoil(place, step: int, change) -> None:
 def test_a_state_of_another_format_is_told_to_be_one_whatever_else_it_says(place, override):
     spoil(place, 3, lambda record: record.update(format=1))
     loaded = load("cfg.yaml", ["train.resume=run", override], RunConfig)
-    resume_early.check(loaded.config, loaded.plain, place / "run", None, 1)
+    resume_early.check(loaded.config.train, loaded.plain, place / "run", None, 1)
     with pytest.raises(ConfigError, match="states.3 has format 1, this version reads 2: resume with the version that wrote it"):
         run("cfg.yaml", "train.resume=run", override)
 
@@ -337,7 +351,7 @@ def test_a_state_of_another_format_is_told_to_be_one_whatever_else_it_says(place
 def test_a_state_of_another_form_is_refused_with_its_file_and_what_is_odd(place, change):
     spoil(place, 3, lambda record: put(record, ("tree", *change[0].split(".")), change[1]))
     loaded = load("cfg.yaml", ["train.resume=run", "train.train_steps=4"], RunConfig)
-    resume_early.check(loaded.config, loaded.plain, place / "run", None, 1)
+    resume_early.check(loaded.config.train, loaded.plain, place / "run", None, 1)
     with pytest.raises(HCPError, match=f"run/states/3/state.json is no .*state of.* {change[0]}"):
         run("cfg.yaml", "train.resume=run", "train.train_steps=4")
 
@@ -377,7 +391,7 @@ def test_whatever_a_state_holds_there_is_no_traceback(place):
         spoil(place, 3, lambda record: put(record, path, value))
         one.cfg.train.resume_force = not one.cfg.train.resume_force
         try:
-            resume_early.check(one.cfg, one.loaded.plain, place / "run", 3, 1)
+            resume_early.check(one.cfg.train, one.loaded.plain, place / "run", 3, 1)
             one.place.resumed = Resumed("run", place / "run", 3)
             one._compare(), one._go_on(trainer), trainer.optimizer.step()
             told["nothing"] += 1
@@ -393,6 +407,6 @@ def test_a_state_that_is_something_else_is_refused_with_its_file(place, content)
     (folder / "state.json").write_bytes(content)
     sums.write_sums(folder, {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("state.json", "state.safetensors")})
     loaded = load("cfg.yaml", ["train.resume=run", "train.train_steps=4"], RunConfig)
-    resume_early.check(loaded.config, loaded.plain, place / "run", None, 1)
+    resume_early.check(loaded.config.train, loaded.plain, place / "run", None, 1)
     with pytest.raises(CheckpointError, match="run/states/3/state.json is no training state of step 3"):
         Resumed("run", place / "run", None)

@@ -7,16 +7,17 @@ from typing import Any
 
 from ..checkpoint import sums
 from ..checkpoint.runs import FORMAT, JSON, STATES, TENSORS, states
-from ..config.schema import RunConfig
+from ..config.schema import TrainConfig
 from ..errors import CheckpointError, HCPError
-from .compare_config import Changes, compare_configs, compare_images_per_step, is_done, refusals
+from .compare_config import Changes, compare_configs, compare_images_per_step, flat, is_done, refusals
 from .form import HEAD
 
 ALSO = "Base model and data have not been compared yet."
 
 
-def check(cfg: RunConfig, plain: Mapping[str, Any], run: Path, step: int | None, world: int) -> None:
-    """HCPError where the state of `step` (None: the newest) of a run folder was saved with another config, or has no step left to do.
+def check(train: TrainConfig, plain: Mapping[str, Any], run: Path, step: int | None, world: int, whole: bool = True) -> None:
+    """HCPError where the state of `step` (None: the newest) of a run folder was saved with another config, or has no step left to do. `plain`: the config; where
+    it is not `whole`, what it lacks is not compared.
 
     Nothing is said of a state that is damaged or cannot be read: that is told by who loads it, and another one may be taken in its place.
     """
@@ -24,7 +25,11 @@ def check(cfg: RunConfig, plain: Mapping[str, Any], run: Path, step: int | None,
     state = _peek(folder)
     if state is None:
         return
-    faults = _differences(cfg, plain, run, state, world) or _length(cfg, run, state)
+    saved = state["run"]["config"]
+    if not whole:
+        known = flat(plain)
+        saved = {key: value for key, value in flat(saved).items() if key in known}
+    faults = _differences(train, saved, plain, run, state["run"], world) or _length(train, run, state)
     if faults and _is_whole(folder):
         raise CheckpointError(faults)
 
@@ -40,18 +45,18 @@ def _peek(folder: Path) -> dict[str, Any] | None:
     return state if known else None
 
 
-def _differences(cfg: RunConfig, plain: Mapping[str, Any], run: Path, state: Mapping[str, Any], world: int) -> list[str]:
-    found, saved = Changes(), state["run"]
-    compare_images_per_step(saved, {"world": world, "accumulation": cfg.train.gradient_accumulation_steps}, found)
-    compare_configs(saved["config"], plain, found)
-    faults = refusals(cfg.train.resume, run, found.impossible, [] if cfg.train.resume_force else found.refused)
+def _differences(train: TrainConfig, saved: Mapping[str, Any], plain: Mapping[str, Any], run: Path, described: Mapping[str, Any], world: int) -> list[str]:
+    found = Changes()
+    compare_images_per_step(described, {"world": world, "accumulation": train.gradient_accumulation_steps}, found)
+    compare_configs(saved, plain, found)
+    faults = refusals(train.resume, run, found.impossible, [] if train.resume_force else found.refused)
     return [*faults[:-1], f"{faults[-1]} {ALSO}"] if faults else []
 
 
-def _length(cfg: RunConfig, run: Path, state: Mapping[str, Any]) -> list[str]:
+def _length(train: TrainConfig, run: Path, state: Mapping[str, Any]) -> list[str]:
     """How many steps an epoch has is known without the data only where the saved run has come to the end of the last one."""
-    step, epoch, total = state["step"], state["positions"][0][0], cfg.train.train_steps
-    if total is None and not cfg.train.resume_force and epoch >= (cfg.train.train_epochs or epoch + 1):
+    step, epoch, total = state["step"], state["positions"][0][0], train.train_steps
+    if total is None and not train.resume_force and epoch >= (train.train_epochs or epoch + 1):
         total = step
     return [is_done(run, step, total)] if total is not None and step >= total else []
 
