@@ -1,6 +1,8 @@
 """Fixtures that several test files share."""
 
+import gc
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -8,6 +10,8 @@ _worker = os.environ.get("PYTEST_XDIST_WORKER")
 if _worker and hasattr(os, "sched_setaffinity"):  # a core for each runner and what it starts: threads that wait for each other's cores are ten times slower
     _cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {_cores[int(_worker[2:]) % len(_cores)]})
+
+gc.disable()  # until the first test: what is imported stays
 
 import pytest
 import torch
@@ -22,6 +26,30 @@ SLOW_FILES = ("test_demo_learns", "test_benchmarks", "test_guide", "test_groups"
 def pytest_collection_modifyitems(items):
     """Files that take a minute come first: one that came last would keep one runner busy while the other has nothing to do."""
     items.sort(key=lambda item: SLOW_FILES.index(item.path.stem) if item.path.stem in SLOW_FILES else len(SLOW_FILES))
+
+
+_frozen = {"modules": 0, "path": None}
+
+
+def _freeze(item) -> None:
+    """The collector, which each run calls, takes a quarter of a second to look through what libraries made when they were imported; it passes over that from here on."""
+    if item.path != _frozen["path"] or len(sys.modules) > _frozen["modules"] + 200:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
+        _frozen.update(modules=len(sys.modules), path=item.path)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Of another file: its fixtures are not there yet."""
+    _freeze(item)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    """Its fixtures may have imported much."""
+    _freeze(item)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from PIL import Image
 from hcpdiff.config.load import load
 from hcpdiff.config.schema import RunConfig
 from hcpdiff.families.base import Models
+from hcpdiff.families.place import Place
 from hcpdiff.train.parallel import Parallel
 from hcpdiff.train.run import Run
 from hcpdiff.train.signals import StopRequest
@@ -59,13 +60,17 @@ class Crash(BaseException):
 _loaded: dict[str, Models] = {}
 
 
-def _load(load: Callable[..., Models], *args, **more) -> Models:
-    """What `load` gives, read once: half of the time of a tiny run is its tokenizer's vocabulary. Each run has its own copy of the modules."""
-    key = str((args, more))
+def _load(load: Callable[..., Models], place: Place, *args, seen: Callable, **more) -> Models:
+    """What `load` gives, read once, unless the files have changed. Each run has its own copy of the modules, which takes half of the time."""
+    files = sorted(place.path.rglob("*")) if place.path.is_dir() else [place.path]
+    key = str((place, args, more, [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files]))
     if key not in _loaded:
-        _loaded[key] = load(*args, **more)
+        _loaded[key] = load(place, *args, **more)
     models = _loaded[key]
-    return copy.deepcopy(models, {id(part): part for part in (models.family, *models.tokenizers.values())})
+    models = copy.deepcopy(models, {id(part): part for part in (models.family, *models.tokenizers.values())})
+    for part in models.modules:
+        seen(part, models)
+    return models
 
 
 class Stoppable(Run):
