@@ -6,6 +6,7 @@ to FOLDER/NAME/R.txt. No process outlives it.
 
 import ctypes
 import datetime
+import gc
 import json
 import multiprocessing
 import os
@@ -15,13 +16,15 @@ import time
 import traceback
 from pathlib import Path
 
+import hydra  # noqa: F401
 import scenarios
 import torch.distributed as dist
 from accelerate import PartialState
 from one_tokenizer import one_tokenizer
-from transformers import CLIPTokenizer
+from torch.utils import tensorboard  # noqa: F401
 
 from hcpdiff import cli
+from hcpdiff.families import detect
 from hcpdiff.families.place import open_place
 from hcpdiff.train import peers, signals
 
@@ -87,11 +90,12 @@ def run(name: str, folder: Path) -> None:
 
 
 def main(folder: Path, names: list[str]) -> None:
-    """The scenarios, one after the other; their processes find the models' tokenizers read."""
+    """The scenarios, one after the other; their processes find the models' tokenizers read and everything imported."""
     with one_tokenizer():
-        for model in ("GROUP_MODEL", "GROUP_SDXL"):
-            for place in sorted(Path(os.environ[model]).glob("tokenizer*")) if model in os.environ else ():
-                open_place(place.parent).tokenizer(CLIPTokenizer, place.name)
+        for model in (os.environ[name] for name in ("GROUP_MODEL", "GROUP_SDXL") if name in os.environ):
+            place = open_place(Path(model))
+            detect(place).load(place, "")
+        gc.freeze()  # the collector, which each run calls, need not look through all that in each process
         for name in names:
             run(name, folder / name)
 

@@ -7,6 +7,7 @@ object. Linux only.
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import random
@@ -129,6 +130,7 @@ def kill(folder: Path, kills: int, rng: random.Random, found: list[int]) -> int:
     first = Stoppable("cfg.yaml", [*ARGUMENTS, "exp_dir=whole"], None, False)  # the forked ones find the model read, so most kills meet them at work
     first._find_model()
     first._load_model()
+    gc.freeze()  # the collector, which each run calls, need not look through what is imported
     two_processes(folder)
     lasts, measured, rounds = length("whole"), 0, 1
     while len(found) < kills:
