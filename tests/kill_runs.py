@@ -128,7 +128,7 @@ def kill(folder: Path, kills: int, rng: random.Random, found: list[int]) -> int:
     (folder / "cfg.yaml").write_text(CONFIG.format(model=model), encoding="utf-8")
     os.chdir(folder)
     first = Stoppable("cfg.yaml", [*ARGUMENTS, "exp_dir=whole"], None, False)  # the forked ones find the model read, so most kills meet them at work
-    first._find_model()
+    first._read_inputs()
     first._load_model()
     gc.freeze()  # the collector, which each run calls, need not look through what is imported
     two_processes(folder)
