@@ -41,7 +41,7 @@ CPU = {
     "layers": ["layers.py --threads 1"],
     "loop": ["loop.py --pixels 256 --rounds 20 --block 1", "loop.py --tiny --pixels 64 --rounds 5 --block 60"],
     "memory": ["memory.py --pixels 256", "memory.py --pixels 512", "memory.py --pixels 512 --checkpointing"],
-    "start": ["start.py --rounds 7", "start.py --tiny --rounds 7"],
+    "start": ["start.py --rounds 7", "start.py --tiny --rounds 7", "start.py --cold --rounds 3"],
     "caching": ["caching.py --pixels 256 --images 6 --rounds 3"],
     "drawing": ["drawing.py --pixels 128 --steps 4 --pictures 1 --rounds 15", "drawing.py --pixels 256 --steps 4 --pictures 1 --rounds 7"],
     "data": ["data_scale.py --images 25000 100000", "data_scale.py --simulate", "data_scale.py --simulate --first --images 100000 1000000"],

@@ -2,8 +2,9 @@
 
     python benchmarks/start.py                        # SD1.5 of full size, fp32 on a CPU
     python benchmarks/start.py --tiny                 # the demo's small model: here the run's own work is seen best
+    python benchmarks/start.py --cold                 # weights that the disk has to give, as after the machine was started
 
-All are processes of their own, in turn, files in the system's cache. The run has its latents on disk from a run before, so nothing of caching is in it, and its
+All are processes of their own, in turn, files in the system's cache (with --cold all but the weights). The run has its latents on disk from a run before, so nothing of caching is in it, and its
 VAE is known and stays unread; its parts are listed. The floor is what no run can do without: the packages that a run imports, with the collector of cycles at
 rest as it is then, and the weights of UNet and text encoder read and cast one by one, without modules that hold them. Beside it stands what people load: the
 classes imported, and UNet, VAE, text encoder and tokenizer read with from_pretrained, in the same dtype.
@@ -137,8 +138,18 @@ def model_of(args: argparse.Namespace) -> Path:
     return ROOT / "demo" / "model" if args.tiny else args.model
 
 
+def evict(model: Path) -> None:
+    """Takes a model's weights out of the system's cache."""
+    for path in model.glob("*/*.safetensors"):
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())  # what is not written yet stays
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def child(args: argparse.Namespace, what: str, place: str) -> dict:
     """The JSON that a process of its own prints last; what went wrong ends this."""
+    if args.cold:
+        evict(model_of(args))
     given = [f"--device={args.device}", f"--dtype={args.dtype}", f"--model={args.model}", *(["--tiny"] if args.tiny else []), *([f"--threads={args.threads}"] if args.threads else [])]
     command = [sys.executable, __file__, *given, f"--child={what}", f"--place={place}"]
     begun = time.time()
@@ -161,6 +172,7 @@ def main() -> None:
     options.add_argument("--model", type=Path, default=FOLDER, help="a model in diffusers format; made where it is missing")
     options.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32")
     options.add_argument("--tiny", action="store_true", help="the demo's model in the place of one of full size")
+    options.add_argument("--cold", action="store_true", help="weights are not in the system's cache (Linux)")
     options.add_argument("--child", choices=["run", "fill", "floor", "reference"], help=argparse.SUPPRESS)
     options.add_argument("--place", help=argparse.SUPPRESS)
     args = options.parse_args()
@@ -174,11 +186,11 @@ def main() -> None:
         made: dict[str, list[dict]] = {"run": [], "floor": [], "reference": []}
         in_turn({name: lambda name=name: made[name].append(child(args, name, place)) for name in made}, args.rounds)
         wrong = f"--cfg={ROOT / 'cfgs/train/examples/lora_conventional.yaml'}", "train.nothing=1"
-        answers = {} if args.tiny else in_turn({"--help": lambda: answer(["--help"], 0), "a mistake": lambda: answer([*wrong], 2)}, args.rounds)  # they read no model
+        answers = {} if args.tiny or args.cold else in_turn({"--help": lambda: answer(["--help"], 0), "a mistake": lambda: answer([*wrong], 2)}, args.rounds)  # they read no model
     seconds = {name: [one["seconds"] for one in all_[1:]] for name, all_ in made.items()}  # the first round does not count
     middle = sorted(made["run"][1:], key=lambda one: one["seconds"])[args.rounds // 2]
     values = {f"{name} s": seconds_[len(seconds_) // 2] for name, seconds_ in ((name, sorted(all_)) for name, all_ in seconds.items())} | {f"{name} s": value for name, value in middle["parts"].items()}
-    what = f"until the first step, {'the demo model' if args.tiny else 'SD1.5'}, {args.dtype}"
+    what = f"until the first step, {'the demo model' if args.tiny else 'SD1.5'}, {args.dtype}{', weights on the disk' if args.cold else ''}"
     figures = [Figure(what, "imports and reading", ratios(seconds["run"], seconds["floor"]), BOUND, values=values),
                Figure(what, "imports and from_pretrained", ratios(seconds["run"], seconds["reference"])),
                *(Figure(f"answer to {name}", "one second", [took / ANSWER for took in all_], 1.0) for name, all_ in answers.items())]

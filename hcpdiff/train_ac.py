@@ -48,10 +48,13 @@ def train(args: argparse.Namespace, asked: int | None) -> int:
     with StopRequest() as stop:
         if loaded.config.train.on_orphan == "stop" and launcher.launcher_command():
             stop.looks.append(orphaned(stop, launcher.PARENT))
+        from .families.ahead import read_ahead, weights_ahead
         from .importing import importing
         from .quiet import quiet_libraries
 
         cli.reading()
+        model = loaded.config.model
+        read_ahead(weights_ahead(model.pretrained_model_name_or_path, model.vae, model.revision, model.variant))
         with importing():
             quiet_libraries()
             from .families.clip_unet import import_kinds

@@ -42,10 +42,12 @@ def main(args: argparse.Namespace) -> int:
     if faults or not_to_be_had(cfg.pretrained_model, cfg.vae, cfg.revision, ("pretrained_model", "vae")):
         given = {name: getattr(cfg, name) for name in ("pretrained_model", "config", "prediction_type", "vae", "revision")}
         raise ConfigError(faults + quick_checks(given | {f"new_components.{name}": spec for name, spec in cfg.new_components.items()}))
+    from hcpdiff.families.ahead import read_ahead, weights_ahead
     from hcpdiff.importing import importing
     from hcpdiff.quiet import quiet_libraries
 
     cli.reading()
+    read_ahead(weights_ahead(cfg.pretrained_model, cfg.vae, cfg.revision, cfg.variant))
     with importing():
         quiet_libraries()
         from hcpdiff.families.clip_unet import import_kinds

@@ -58,7 +58,7 @@ def outline(kind: type, config: Mapping[str, Any], style: str, weights: WeightFi
         for name, tensor in _read(found, wanted, weights, names, dtype, device):
             set_weight(module, name, keep(name, tensor) if keep else tensor)
 
-    return module.requires_grad_(False).eval(), Reader(read, weights.file)
+    return module.requires_grad_(False).eval(), Reader(read, weights.files[0] if len(weights.files) == 1 else None)
 
 
 def move(module: nn.Module, device: torch.device, keep: Keep | None) -> None:

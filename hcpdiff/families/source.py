@@ -101,11 +101,25 @@ def _is_there(source: str, cache: Path, revision: str, files: Sequence[str]) -> 
 
 
 def _in_cache(cache: Path, name: str, revision: str, files: Sequence[str]) -> bool:
-    """Whether one of the files is in the hub's cache, as its client lays that out."""
+    """Whether one of the files is in the hub's cache."""
+    return any((_snapshot(cache, name, revision) / file).exists() for file in files)
+
+
+def _snapshot(cache: Path, name: str, revision: str) -> Path:
+    """Where a model is in the hub's cache, if it is, as the hub's client lays that out."""
     repository = cache / f"models--{name.replace('/', '--')}"
     named = repository / "refs" / revision
-    snapshot = repository / "snapshots" / (named.read_text(encoding="utf-8").strip() if named.is_file() else revision)
-    return any((snapshot / file).exists() for file in files)
+    return repository / "snapshots" / (named.read_text(encoding="utf-8").strip() if named.is_file() else revision)
+
+
+def on_this_machine(source: str, revision: str | None) -> Path:
+    """The file or folder of a model, a hub id's in the hub's cache; it need not be there. Needs no torch."""
+    if Path(source).exists() or looks_local(source):
+        return Path(source)
+    from huggingface_hub import constants
+
+    places = [_snapshot(Path(constants.HF_HUB_CACHE), name, revision or "main") for name in dict.fromkeys((source, MOVED.get(source, source)))]
+    return next((place for place in places if place.is_dir()), places[0])
 
 
 def find_part(source: str, part: str, key: str) -> tuple[Path | str, dict]:

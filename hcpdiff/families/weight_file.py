@@ -27,9 +27,9 @@ class WeightFile:
     path: Path
 
     @property
-    def file(self) -> Path | None:
-        """The one file that holds all of them."""
-        return self.path
+    def files(self) -> list[Path]:
+        """Where they lie."""
+        return [self.path]
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -72,13 +72,13 @@ class Shards(WeightFile):
     """The safetensors files that an index (`path`) names, as one."""
 
     @property
-    def file(self) -> None:
-        """There are several."""
+    def files(self) -> list[Path]:
+        """Beside the index."""
+        return [self.path.parent / name for name in shards_of(self.path)]
 
     @cached_property
     def _files(self) -> dict[str, WeightFile]:
-        files = {name: WeightFile(self.path.parent / name) for name in shards_of(self.path)}
-        return {name: file for file in files.values() for name in file.shapes}
+        return {name: file for file in map(WeightFile, self.files) for name in file.shapes}
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
