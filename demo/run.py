@@ -2,9 +2,11 @@
 
     python3 demo/run.py
 
-Every step is a command that you can type yourself; it is printed before it runs.
+Every step is a command that you can type yourself; it is printed before it runs. What is made lies in a new folder below demo/output.
 """
 
+import argparse
+import contextlib
 import shlex
 import subprocess
 import sys
@@ -25,13 +27,18 @@ def run(python: Path, *words: str) -> None:
     """One command, shown and run; its failure ends the demo."""
     shown = ["python" if word == str(python) else word for word in (str(python), *words)]
     print(f"\n$ {shlex.join(shown)}", flush=True)
-    code = subprocess.call([str(python), *words], cwd=ROOT)
+    program = subprocess.Popen([str(python), *words], cwd=ROOT)
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl+C is the command's too, which says what becomes of it
+            code = program.wait()
+            break
     if code:
-        sys.exit(code)
+        sys.exit(code if code > 0 else 128 - code)
 
 
 def main() -> None:
     """Train, draw, compare, convert."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     started = time.monotonic()
     python = ensure()
     out = Path("demo/output") / time.strftime("%Y-%m-%d-%H-%M-%S")
@@ -45,7 +52,7 @@ def main() -> None:
         "--dump_path", f"{out}/ohwx.safetensors")
     run(python, "demo/compare.py", str(out), *THINGS)
     print(f"\nThe demo took {time.monotonic() - started:.0f} s. Look at {out}/comparison.png; the LoRA for webui and ComfyUI is {out}/ohwx.safetensors.")
-    print("Next: put your own pictures into a folder and follow docs/en/user_guides/train.md.")
+    print("Next: put your own pictures into a folder and follow docs/en/tutorials/lora.md (中文: docs/zh/tutorials/lora.md).")
 
 
 if __name__ == "__main__":

@@ -59,13 +59,19 @@ def main(args: argparse.Namespace) -> int:
 
 
 def quick_checks(passed: Mapping[str, Any]) -> list[str]:
-    """Beside a config's own faults, or its prompts' and files': what can be said of the base model without torch."""
+    """Beside a config's own faults, or its prompts' and files': what can be said of the base model and of LoRA files without torch."""
+    from hcpdiff.config.infer_schema import InferConfig
     from hcpdiff.families import not_to_be_had, quick_faults
+    from hcpdiff.vis.lora_files import Finder
 
     replaced = [key.split(".")[1] for key in passed if key.startswith("new_components.")] + (["vae"] if passed.get("vae") else [])
     source, told = passed.get("pretrained_model"), passed.get("prediction_type", "auto")
     faults = quick_faults(source, "pretrained_model", replaced, passed.get("config"), None if told == "auto" else told) if source else []
-    return faults + not_to_be_had(source, passed.get("vae"), passed.get("revision"), ("pretrained_model", "vae"))
+    faults += not_to_be_had(source, passed.get("vae"), passed.get("revision"), ("pretrained_model", "vae"))
+    finder, named = Finder(), ("lora_path", "lora_path_TE", "lora_alpha", "lora_alpha_TE")
+    if all(name in passed for name in named):  # that they are well each; of what is wrong nothing more is said
+        finder.lists(InferConfig("", **{name: passed[name] for name in named}))
+    return faults + finder.faults
 
 
 if __name__ == "__main__":

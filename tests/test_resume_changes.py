@@ -29,7 +29,7 @@ from hcpdiff.data.template import Prompter
 from hcpdiff.errors import CheckpointError, ConfigError, HCPError
 from hcpdiff.train import resume_early
 from hcpdiff.train.compare import compare
-from hcpdiff.train.compare_config import flat
+from hcpdiff.train.compare_config import flat, ranks, refusals
 from hcpdiff.train.report import versions
 from hcpdiff.train.resumed import Resumed
 from hcpdiff.train_ac import quick_checks
@@ -282,6 +282,7 @@ def early(*overrides: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize("overrides, told", [
     (["train.train_steps=4", "model.quantize=int8", "data.one.batch_size=1"], ["model.quantize: null before, 'int8' now", "data.one.batch_size: 2 before, 1 now", "Base model and data have not been compared yet.", "train.resume_force=true"]),
+    (["train.train_steps=4", "lora_unet.0.rank=3", "data.one.bucket.num_bucket=1"], ["lora_unet.0.rank: 2 before, 3 now", "data.one.bucket.num_bucket: 4 before, 1 now", "Set it back."]),
     (["train.train_steps=4", "train.gradient_accumulation_steps=3", "train.train_steps=2"], ["processes x accumulation: 1 x 1 before, 1 x 3 now"]),
     (["train.train_steps=4", "train.optimizer._target_=torch.optim.AdamW", "train.resume_force=true"], ["not even with train.resume_force", "'torch.optim.SGD' before"]),
     ([], ["train.resume: run has done 3 of 3 steps. Raise train.train_epochs or train.train_steps to go on."]),
@@ -290,6 +291,21 @@ def test_another_config_and_a_length_that_is_done_are_told_before_torch_is_read(
     message, end = early(*overrides)
     assert end == "2 False" and message.count("error: train.resume") == 1, message
     assert all(line in message for line in told), message
+
+
+@pytest.mark.parametrize("layers, told", [("['re:.*attn1\\.to_q$']", 0), (None, 1)])
+def test_a_rank_is_judged_by_the_configs_alone_where_its_layers_are_as_they_were(layers, told):
+    saved = {"lora_unet": [{"lr": 1, "rank": 2, "layers": ["re:.*attn2\\.to_k$"]}]}
+    now = {"lora_unet": [{"lr": 1, "rank": 4, "layers": ["re:.*attn1\\.to_q$"] if layers else saved["lora_unet"][0]["layers"]}]}
+    assert len(ranks(saved, now)) == told and ranks(saved, saved) == [] and ranks({"lora_unet": None}, now) == []
+
+
+def test_no_way_is_named_that_leads_nowhere_and_latest_says_which_run_it_is(tmp_path):
+    """A LoRA of one rank cannot start a run of another."""
+    [rank] = refusals("latest", tmp_path / "a", ["lora_unet.0.rank: 2 before, 3 now"], [])
+    [other] = refusals("run", tmp_path / "a", [], ["seed: 1 before, 2 now"])
+    assert "init_lora" not in rank and f"(the newest run, {tmp_path / 'a'})" in rank
+    assert f"model.init_lora={tmp_path / 'a'}/ckpts/..." in other and "newest" not in other
 
 
 def test_a_run_that_has_done_its_epochs_is_told_so_before_torch_is_read(first, tmp_path, monkeypatch):

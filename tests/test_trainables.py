@@ -67,5 +67,10 @@ def test_a_starting_point_that_does_not_fit_is_refused_with_every_reason():
     with pytest.raises(CheckpointError) as caught:
         trainable.load(wrong, "x.safetensors")
     assert "rank 3" in str(caught.value) and "gives 2" in str(caught.value) and "mid_block.resnets.0.conv1 is not among the layers" in str(caught.value)
+    for rank, way in ((3, True), (1, False)):  # a file can be cut to a lower rank, not made of a higher one
+        with pytest.raises(CheckpointError) as caught:
+            trainable.load({path: LoraTensors(torch.randn(rank, 32), torch.randn(32, rank), 3.0) for path in good}, "x.safetensors")
+        [fault] = caught.value.faults
+        assert f"16 layers have rank {rank}, such as {path}, and lora_unet[0].rank gives 2" in fault and ("lora_resize" in fault) == way
     (note,) = trainable.load({path: good[path]}, "x.safetensors")
     assert "1 layers loaded, 15 layers of lora_unet are not in it" in note

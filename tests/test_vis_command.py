@@ -107,6 +107,7 @@ def test_help_shows_an_example_and_imports_nothing_heavy():
 @pytest.mark.parametrize("args, said", [
     (["prompt=a {cat, {dog}", "neg_prompt=x}"], ["2 faults", "prompt, character 3: this `{` is never closed", "neg_prompt, character 2"]),
     (["promt=a cat"], ["promt", "Nearest: prompt"]),
+    (["promt=a cat", "lora_path=file"], ["promt", "lora_path = 'file'", "2 faults"]),
     (["lora_path=exps/2023-07-26-01-05-35/ckpts/unet-999.safetensors"], ["lora_path", "unet-1000.safetensors"]),
     (["out_dir=file/below"], ["out_dir = 'file/below' cannot be written to"]),
     (["pretrained_model=./no/model"], ["pretrained_model"]),

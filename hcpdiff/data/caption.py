@@ -4,6 +4,7 @@ A caption belongs to an image by a key: its path below img_root (with or without
 a bare name that fits images in several folders is an error, never a guess.
 """
 
+import difflib
 import os
 import unicodedata
 from collections import Counter
@@ -16,6 +17,7 @@ from .files import list_below, read_caption
 
 TEXT_ENDINGS = (".txt", ".caption")
 TABLE_ENDINGS = (".json", ".jsonl", ".yaml", ".yml")
+_COMPARED, _CLOSE = 10_000, 0.85  # pairs of names that are looked at for misspelt ones; how alike they have to be (1: equal)
 
 
 @dataclass
@@ -182,7 +184,11 @@ def _match_notices(entries: dict, used: set[str], names: list[str], texts: list[
     if not unused or not names:
         return []
     loose = {_loose(key): key for key in unused}
-    near = [f"{names[n]!r} ~ {entries[loose[_loose(names[n])]][0]!r}" for n in missing if _loose(names[n]) in loose]
+    found = {names[n]: loose[_loose(names[n])] for n in missing if _loose(names[n]) in loose}
+    if len(missing) * len(unused) <= _COMPARED:
+        for name in (names[n] for n in missing if names[n] not in found):
+            found |= {name: loose[close] for close in difflib.get_close_matches(_loose(name), loose, 1, _CLOSE)}
+    near = [f"{name!r} ~ {entries[key][0]!r}" for name, key in found.items()]
     notices = [f"{len(unused)} captions belong to no image: {_some([repr(entries[key][0]) for key in unused])}"]
     if near:
         notices.append(f"{len(near)} of them nearly match: {_some(near)}")

@@ -14,6 +14,7 @@ DECISIVE = re.compile(r"""
     | data\.[^.]+\.source\.[^.]+\.(word_names\b.* | repeats | tag_shuffle | keep_tokens | tag_dropout | caption_dropout | prompt_dropout | flip | bg_color)
 """, re.VERBOSE)
 UNKNOWN = {"model.quantize": None}  # keys that states of before they came do not have, and what was so then
+RANK = re.compile(r"lora_\w+\.\d+\.rank")
 NO_MATTER = re.compile(r"exp_dir | train\.resume | train\.resume_force", re.VERBOSE)
 
 
@@ -76,6 +77,13 @@ def flat(tree: Any, path: str = "") -> dict[str, Any]:
     return {path: tree}
 
 
+def ranks(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Groups of layers as they were that have another rank now: what can be told of them by the configs alone."""
+    was, asked = flat(saved), flat(now)
+    layers = {key: f"{key.rpartition('.')[0]}.layers" for key in asked if RANK.fullmatch(key)}
+    return [line for key, line in differing(was, asked) if key in layers and key in was and was.get(layers[key]) == asked.get(layers[key])]
+
+
 def refusals(asked: str, folder: Path, impossible: Sequence[str], refused: Sequence[str]) -> list[str]:
     """Faults that say why `train.resume = asked` is not gone on with; none where both lists are empty."""
     faults = []
@@ -83,7 +91,10 @@ def refusals(asked: str, folder: Path, impossible: Sequence[str], refused: Seque
         faults.append(_listed("the saved state cannot be gone on from, not even with train.resume_force:", impossible, "Set it back."))
     if refused:
         faults.append(_listed("this would be another run than the one that was saved:", refused, "Set it back, or go on all the same with train.resume_force=true."))
-    return [f"train.resume = {asked!r}: {fault} A new run can start from the weights of this one: model.init_lora={folder}/ckpts/..." for fault in faults]
+    which = f" (the newest run, {folder})" if asked == "latest" else ""
+    resized = any(re.search(r"\brank\b", line) for line in impossible)
+    way = f" A new run can start from the weights of this one: model.init_lora={folder}/ckpts/..." if not resized else ""
+    return [f"train.resume = {asked!r}{which}: {fault}{way}" for fault in faults]
 
 
 def _listed(title: str, lines: Sequence[str], way: str) -> str:

@@ -35,7 +35,7 @@ def run_facts(cfg: RunConfig, base: BaseModel, parallel: Parallel, precision: st
     return {
         "versions": ", ".join(f"{name} {version}" for name, version in versions(train.optimizer["_target_"]).items()),
         "device": f"{machine.describe(parallel.device)}; {world} process{'es' if world > 1 else ''}",
-        "precision": precision, "base model": f"{base.models.name} ({base.family.base_version(base.models)}, predicts {base.prediction}){_kept(base)}", "seed": cfg.seed,
+        "precision": precision, "base model": f"{cfg.model.pretrained_model_name_or_path} ({base.family.base_version(base.models)}, predicts {base.prediction}){_kept(base)}", "seed": cfg.seed,
         "images per step": f"{batch * world * train.gradient_accumulation_steps} (batch {batch}, processes {world}, accumulation {train.gradient_accumulation_steps})",
         "length": length, "optimizer": f"{train.optimizer['_target_']}, {train.lr_scheduler['_target_'] if train.lr_scheduler else train.scheduler.name}",
     }

@@ -9,7 +9,7 @@ from ..checkpoint import sums
 from ..checkpoint.runs import FORMAT, JSON, STATES, TENSORS, states
 from ..config.schema import TrainConfig
 from ..errors import CheckpointError, HCPError
-from .compare_config import Changes, compare_configs, compare_images_per_step, flat, is_done, refusals
+from .compare_config import Changes, compare_configs, compare_images_per_step, flat, is_done, ranks, refusals
 from .form import HEAD
 
 ALSO = "Base model and data have not been compared yet."
@@ -49,6 +49,7 @@ def _differences(train: TrainConfig, saved: Mapping[str, Any], plain: Mapping[st
     found = Changes()
     compare_images_per_step(described, {"world": world, "accumulation": train.gradient_accumulation_steps}, found)
     compare_configs(saved, plain, found)
+    found.impossible += ranks(saved, plain)
     faults = refusals(train.resume, run, found.impossible, [] if train.resume_force else found.refused)
     return [*faults[:-1], f"{faults[-1]} {ALSO}"] if faults else []
 

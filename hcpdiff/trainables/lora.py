@@ -106,18 +106,20 @@ class LoraTrainable:
     @torch.no_grad()
     def load(self, layers: Mapping[str, LoraTensors], source: str) -> list[str]:
         """Starts from a file's LoRA; its ranks must be the config's, its scale is folded into `up`. Returns notices."""
-        modules, faults, loaded = dict.fromkeys(self.adapters), [], set()
+        modules, faults, loaded, ranks = dict.fromkeys(self.adapters), [], set(), {}
         for path, tensors in layers.items():
             name = resolve_path(path, modules)
             if name is None:
                 faults.append(f"{source}: {path} is not among the layers of {self.key}; add it to layers, or its effect would be lost.")
             elif tensors.rank != self.adapters[name].rank:
-                faults.append(f"{source}: {path} has rank {tensors.rank}, {self.key}[{self.group_of[name]}].rank gives {self.adapters[name].rank}; they must agree.")
+                ranks.setdefault((tensors.rank, self.group_of[name], self.adapters[name].rank), []).append(path)
             elif tensors.down.numel() != self.adapters[name].down.numel() or tensors.up.numel() != self.adapters[name].up.numel():
                 faults.append(f"{source}: {path} has shape {tuple(tensors.up.shape)} x {tuple(tensors.down.shape)}: it is for another architecture.")
             else:
                 loaded.add(name)
                 self._copy(self.adapters[name], tensors)
+        faults += [f"{source}: {len(paths)} layers have rank {rank}, such as {paths[0]}, and {self.key}[{group}].rank gives {wanted}; they must agree."
+                   + (" `python -m hcpdiff.tools.lora_resize` cuts a file to a lower rank." if wanted < rank else "") for (rank, group, wanted), paths in ranks.items()]
         if faults:
             raise CheckpointError(faults if len(faults) <= 6 else [*faults[:6], f"... and {len(faults) - 6} more."])
         fresh = len(self.adapters) - len(loaded)
