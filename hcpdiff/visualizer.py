@@ -68,9 +68,9 @@ def quick_checks(passed: Mapping[str, Any]) -> list[str]:
     source, told = passed.get("pretrained_model"), passed.get("prediction_type", "auto")
     faults = quick_faults(source, "pretrained_model", replaced, passed.get("config"), None if told == "auto" else told) if source else []
     faults += not_to_be_had(source, passed.get("vae"), passed.get("revision"), ("pretrained_model", "vae"))
-    finder, named = Finder(), ("lora_path", "lora_path_TE", "lora_alpha", "lora_alpha_TE")
-    if all(name in passed for name in named):  # that they are well each; of what is wrong nothing more is said
-        finder.lists(InferConfig("", **{name: passed[name] for name in named}))
+    finder = Finder()
+    if "lora_path" in passed:  # each of these is well in itself
+        finder.lists(InferConfig(pretrained_model="", **{name: passed[name] for name in ("lora_path", "lora_path_TE", "lora_alpha", "lora_alpha_TE") if name in passed}))
     return faults + finder.faults
 
 

@@ -5,11 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
 from test_memory import sharded
 
-from hcpdiff.families.ahead import read_ahead, weights_ahead
+from hcpdiff import train_ac_single, visualizer
+from hcpdiff.families.ahead import _ask, read_ahead, weights_ahead
+
+
+ROOT = Path(__file__).parents[1]
 
 
 def names(files, base) -> list[str]:
@@ -40,7 +46,7 @@ def test_what_is_wrong_is_left_to_who_reads(tiny_sd1, tmp_path, what):
         model.mkdir()
         (model / "unet").write_text("x")
     assert weights_ahead(str(model)) == []
-    read_ahead([tmp_path / "none", tmp_path]).join()
+    _ask([tmp_path / "none", tmp_path])
 
 
 def test_a_hub_id_is_found_in_the_hubs_cache(tiny_sd1, tmp_path):
@@ -83,3 +89,23 @@ def test_what_lies_on_the_disk_is_in_memory_afterwards(tmp_path):
     assert not any(in_cache(file)[40:60])
     read_ahead([tmp_path / "gone", file]).join()
     assert all(in_cache(file)[:-16]) and len(in_cache(file)) == 100
+
+
+@pytest.mark.parametrize("program, words", [
+    (train_ac_single, ["--cfg", str(ROOT / "cfgs/train/examples/lora_conventional.yaml"), "model.pretrained_model_name_or_path={model}", "data.dataset1.source.data_source1.img_root=images",
+                       "data.dataset1.source.data_source1.caption_file=null"]),
+    (visualizer, ["--cfg", str(ROOT / "cfgs/infer/text2img.yaml"), "pretrained_model={model}"])])
+def test_both_commands_ask_before_they_import(program, words, tiny_sd1, tmp_path, monkeypatch):
+    class Asked(BaseException):
+        """With the files; it ends the command."""
+
+    def ask(files):
+        raise Asked(files)
+
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "images" / "a.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hcpdiff.families.ahead.read_ahead", ask)
+    with pytest.raises(Asked) as caught:
+        program.main(program.parser().parse_args([word.format(model=tiny_sd1) for word in words]))
+    assert [file.parent.name for file in caught.value.args[0]] == ["text_encoder", "unet", "vae"]

@@ -415,8 +415,10 @@ def test_a_want_of_memory_is_told_with_what_needs_less_and_is_no_fault_of_a_file
         list(acting((fail, RuntimeError, "another fault"), workers=0))
     data = build(dataset(source(root)))
     monkeypatch.setattr("hcpdiff.data.image.decode", lambda *args: fail(MemoryError))
-    with pytest.raises(DataError, match="png: no main memory was left to read it.*; lower train.workers"):
-        list(data.batches(count=1))
+    for parent, way in ((None, "make large images smaller.$"), (1, ", or lower train.workers, each of which reads images.$")):
+        monkeypatch.setattr("multiprocessing.parent_process", lambda parent=parent: parent)
+        with pytest.raises(DataError, match=f"png: no main memory was left to read it.*{way}"):
+            list(data.batches(count=1))
 
 
 def test_a_rank_that_has_nothing_for_long_does_not_look_through_the_whole_plan():

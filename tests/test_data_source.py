@@ -145,10 +145,10 @@ def test_captions_of_skipped_images_are_not_told_as_unused(tmp_path):
 
 def test_a_caption_whose_name_is_misspelt_is_shown_beside_its_image(tmp_path):
     folder_of(tmp_path / "i", {"green_kite.png": (40, 30), "red_kite.png": (40, 30), "IMG_0001.png": (40, 30)})
-    for name in ("grene_kite", "img-1", "something"):
+    for name in ("grene_kite", "img-0001", "something", "red_kite"):
         (tmp_path / "i" / f"{name}.txt").write_text("a caption", "utf-8")
-    found, faults = read(source(tmp_path / "i"))
-    assert not faults and [line for line in found.notices if "nearly" in line] == ["2 of them nearly match: 'IMG_0001.png' ~ 'img-1', 'green_kite.png' ~ 'grene_kite'"]
+    found, faults = read(source(tmp_path / "i", caption_file=str(tmp_path / "i")))
+    assert not faults and [line for line in found.notices if "nearly" in line] == ["2 of them nearly match: 'IMG_0001.png' ~ 'img-0001', 'green_kite.png' ~ 'grene_kite'"]
 
 
 def test_a_bad_image_is_the_only_fault_where_its_caption_is_the_only_one(tmp_path):

@@ -289,7 +289,7 @@ def early(*overrides: str) -> tuple[str, str]:
     (["train.resume=run/states/2", "train.train_steps=1"], ["run has done 2 of 1 steps"])])
 def test_another_config_and_a_length_that_is_done_are_told_before_torch_is_read(place, overrides, told):
     message, end = early(*overrides)
-    assert end == "2 False" and message.count("error: train.resume") == 1, message
+    assert end == "2 False" and message.count("error:") == 1 and "train.resume" in message, message
     assert all(line in message for line in told), message
 
 

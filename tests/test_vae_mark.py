@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import time
 
 import pytest
 import torch
@@ -14,12 +16,14 @@ from test_run import train  # noqa: F401 - the fixture
 
 from hcpdiff.config.schema import ModelConfig
 from hcpdiff.data import hashes
+from hcpdiff.errors import CheckpointError
 from hcpdiff.families.base import fingerprint
 from hcpdiff.families.read_parts import CPU, Reader
 from hcpdiff.train.base import BaseModel
 
 DISK = "data.one.cache_latents=disk", "data.one.cache_dir=cache"
 PREVIEWS = "preview.prompts=[cat]", "preview.num_inference_steps=1"
+OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 FILE = "vae/diffusion_pytorch_model.safetensors"
 
 
@@ -100,8 +104,8 @@ def test_another_vae_in_the_same_place_is_seen(train, reads, model, change):  # 
     assert run.base.marks["vae"] == fingerprint(AutoencoderKL.from_pretrained(model / "vae"))
 
 
-@pytest.mark.parametrize("form,remembered", [("folder", True), ("single file", True), ("pickle", True), ("its own file", True), ("its own folder", True), ("shards", False), ("unsafe weights", False)])
-def test_the_digest_is_that_of_the_values_in_every_form(tiny_sd1, tmp_path, reads, form, remembered):
+@pytest.mark.parametrize("form,remembered", [("folder", True), ("single file", True), ("pickle", True), ("its own file", True), ("its own folder", True), ("a hub id", True), ("old names", True), ("shards", False), ("unsafe weights", False)])
+def test_the_digest_is_that_of_the_values_in_every_form(tiny_sd1, tmp_path, reads, monkeypatch, form, remembered):
     options = {}
     path = tmp_path / "model"
     if form in ("single file", "pickle"):
@@ -116,6 +120,20 @@ def test_the_digest_is_that_of_the_values_in_every_form(tiny_sd1, tmp_path, read
         options["vae"] = str(shutil.copy(path / FILE, tmp_path / "vae.safetensors"))
     elif form == "its own folder":
         options["vae"] = str(shutil.copytree(path / "vae", tmp_path / "vae"))
+    elif form == "a hub id":
+        repository = tmp_path / "hub" / "models--some--vae"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(path / "vae", repository / "snapshots" / ("0" * 40))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        options["vae"] = "some/vae"
+    elif form == "old names":  # of before 2023, as most published VAEs have them
+        tensors = load_file(path / FILE)
+        renamed = {re.sub(r"(attentions\.0\.)(to_q|to_k|to_v|to_out\.0)", lambda m: m[1] + OLD[m[2]], name): tensor for name, tensor in tensors.items()}
+        assert len(renamed.keys() - tensors.keys()) == 16
+        wanted = AutoencoderKL.from_pretrained(path / "vae")
+        save_file(renamed, path / FILE, {"format": "pt"})
+        assert fingerprint(AutoencoderKL.from_pretrained(path / "vae")) == fingerprint(wanted)
     elif form == "shards":
         sharded(path, part="vae")
     elif form == "unsafe weights":
@@ -144,3 +162,30 @@ def test_a_file_that_was_written_just_now_is_not_remembered(tiny_sd1, tmp_path, 
         base = BaseModel(ModelConfig(pretrained_model_name_or_path=str(tiny_sd1)))
         assert not any(p.is_meta for p in base.load(torch.float32, (), tmp_path).vae.parameters())
         base.remember_marks()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "ckpt"])
+def test_a_file_that_was_replaced_since_it_was_looked_at_is_never_remembered(tmp_path, monkeypatch, reads, form):
+    """What was looked at, or mapped, is the old file; what the file system says is of the new one."""
+    path = save_single(tmp_path / "m.safetensors", "sd1", make_parts("sd1"))
+    tensors = load_file(path)
+    if form == "ckpt":
+        path = tmp_path / "m.ckpt"
+        torch.save({"state_dict": tensors}, path)
+    base = BaseModel(ModelConfig(pretrained_model_name_or_path=str(path)))
+    for name in tensors:
+        if name.startswith("first_stage_model."):
+            tensors[name] = tensors[name] + 1
+    save_file(tensors, tmp_path / "new") if form == "safetensors" else torch.save({"state_dict": tensors}, tmp_path / "new")
+    os.replace(tmp_path / "new", path)
+    with pytest.raises(CheckpointError, match="replaced or changed"):
+        base.load(torch.float32, (), tmp_path)
+    assert not (tmp_path / "vaes-1.bin").exists()
+
+
+def test_a_file_that_was_changed_just_before_it_was_read_for_long_is_not_remembered(tmp_path):
+    """Reading takes seconds, in which a change could fall into the same tick of the clock as the one before."""
+    (tmp_path / "x").write_bytes(b"x")
+    look = hashes.Look(tmp_path / "x")
+    time.sleep(hashes._RACY_NS / 1e9 + 0.1)
+    assert look.settled() is None and hashes.Look(tmp_path / "x").settled() == look.state

@@ -1,10 +1,11 @@
 """Safetensors in both directions, by files that appear whole or not at all (`atomic.py`).
 
 Written by hand rather than through the safetensors package for three reasons: the same tensors and metadata always give the same bytes
-(the package orders metadata by a random hash), tensors are never views of a mapped file (which Windows could not replace), and every fault
-of a damaged or hostile file is named. Its files are read by the package and the other way round.
+(the package orders metadata by a random hash), tensors that are kept are never views of a mapped file (which Windows could not replace), and every
+fault of a damaged or hostile file is named. Its files are read by the package and the other way round.
 """
 
+import ctypes
 import hashlib
 import json
 import mmap
@@ -120,10 +121,12 @@ def _mapped(file: BinaryIO, start: int, size: int) -> Tensor | None:
     before = start % mmap.ALLOCATIONGRANULARITY
     try:
         pages = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=start - before)
-        pages.madvise(_POPULATE_READ)
-    except (OSError, ValueError):  # an older kernel, a file system without maps, or a fault, which reading tells
+    except (OSError, ValueError):  # a file system without maps, or a file that is too short, which reading tells
         return None
-    return torch.frombuffer(pages, dtype=torch.uint8, offset=before, count=size)
+    mapped = torch.frombuffer(pages, dtype=torch.uint8)
+    # by ctypes, which lets other threads run meanwhile, as mmap.madvise does not: a disk or a server may take its time, and signals are answered
+    failed = ctypes.CDLL(None).madvise(ctypes.c_void_p(mapped.data_ptr()), ctypes.c_size_t(len(mapped)), _POPULATE_READ)
+    return None if failed else mapped[before:]  # an older kernel, or a fault
 
 
 def read_tensor(path: Path, header: Header, name: str, scratch: Scratch | None = None) -> Tensor:

@@ -39,19 +39,21 @@ def content_digest(raw: bytes) -> bytes:
 
 def read_content(path: str | Path) -> Content:
     """Read and hash a file."""
-    before = look(path)
+    before = Look(path)
     raw = Path(path).read_bytes()
-    return Content(raw, content_digest(raw), settled(before, look(path)))
+    return Content(raw, content_digest(raw), before.settled())
 
 
-def look(path: str | Path) -> tuple[int, ...]:
-    """What the file system says of a file."""
-    return _state(os.stat(path))
+class Look:
+    """What the file system says of a file before it is read."""
 
+    def __init__(self, path: str | Path):
+        self.path, self.at, self.state = path, time.time_ns(), _state(os.stat(path))
 
-def settled(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[int, ...] | None:
-    """By what a file is known again that was read between two looks at it; None where that cannot be."""
-    return after if before == after and time.time_ns() - max(after[1], after[2]) > _RACY_NS and _TRUSTED else None
+    def settled(self) -> tuple[int, ...] | None:
+        """By what the file is known again, now that it was read; None where it has changed meanwhile, or just before."""
+        unchanged = self.state == _state(os.stat(self.path)) and self.at - max(self.state[1:3]) > _RACY_NS
+        return self.state if unchanged and _TRUSTED else None
 
 
 def _state(stat: os.stat_result) -> tuple[int, int, int, int, int]:
@@ -87,7 +89,7 @@ class HashMemo:
         if known is None or not _TRUSTED:
             return None
         try:
-            return known[_STATE.size:] if _packed(look(path)) == known[:_STATE.size] else None
+            return known[_STATE.size:] if _packed(_state(os.stat(path))) == known[:_STATE.size] else None
         except OSError:
             return None
 

@@ -37,8 +37,8 @@ def cache_info(cache_dir: str | Path) -> CacheInfo:
 
 
 def _leftovers(cache_dir: str | Path, now: float) -> list[Path]:
-    """Beside the packs, the memo of hashes may have left a temporary file of a killed writer."""
-    memos = [path for path in leftovers(Path(cache_dir), now) if path.name.startswith("hashes-")]
+    """Beside the packs, the memos of hashes may have left a temporary file of a killed writer."""
+    memos = [path for path in leftovers(Path(cache_dir), now) if path.name.startswith(("hashes-", "vaes-"))]
     return [*leftovers(packs_folder(cache_dir), now), *memos]
 
 

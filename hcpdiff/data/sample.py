@@ -1,5 +1,6 @@
 """Samples of the plan turned into batches: pixels or latents, prompts, and every random draw that a training step needs."""
 
+import multiprocessing
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -152,7 +153,7 @@ def load_views(data: TrainDataset, image: int, views: Sequence[View], factor: in
         return _views(data, image, views, factor, file, mask_file)
     except MemoryError as error:
         source, number = data.source_of(image)
-        workers = "; lower train.workers, each of which reads images" if data.cache == "none" else ""
+        workers = ", or lower train.workers, each of which reads images" if data.cache == "none" and multiprocessing.parent_process() else ""
         raise ImageMemoryError(no_memory(source.path(number), workers)) from error
 
 

@@ -15,13 +15,13 @@ _PIECE, _IN_FLIGHT = 1 << 20, 16  # bytes asked for at once, of which Linux take
 
 def weights_ahead(source: str, vae: str | None = None, revision: str | None = None, variant: str | None = None) -> list[Path]:
     """The files that a base model will be read from, as far as they are seen at once, in the order in which a run needs them: text encoders, UNet, VAE."""
-    with suppress(HCPError, OSError):
-        place = on_this_machine(source, revision)
+    with suppress(HCPError, OSError, ValueError):
+        place, other = on_this_machine(source, revision), [Path(vae)] if vae and Path(vae).is_file() else []
         if place.is_file():
-            return [place]
+            return [place, *other]
         parts = sorted((part for part in PARTS if (place / part / "config.json").is_file()), key=lambda part: not part.startswith("text"))
         found = [folder_weights(place / part, variant, part.startswith("text")) for part in parts if not (part == "vae" and vae)]
-        return [file for weights in found if weights for file in weights.files] + ([Path(vae)] if vae and Path(vae).is_file() else [])
+        return [file for weights in found if weights for file in weights.files] + other
     return []
 
 

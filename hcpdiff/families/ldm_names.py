@@ -46,7 +46,7 @@ def sources(style: str, parameters: Iterable[str], config: Mapping[str, Any]) ->
         modules = unet_modules(unet_plan(config))
         return {parameter: _unet(parameter, modules) for parameter in parameters}
     blocks = len(config["block_out_channels"]) if style == LDM_VAE else 0
-    name = {HUGGINGFACE: _huggingface, OPEN_CLIP: _open_clip, LDM_VAE: lambda parameter: _vae(parameter, blocks), DIFFUSERS: lambda parameter: (Source(parameter),)}[style]
+    name = {HUGGINGFACE: _huggingface, OPEN_CLIP: _open_clip, LDM_VAE: lambda parameter: _vae(parameter, blocks), DIFFUSERS: _diffusers}[style]
     return {parameter: name(parameter) for parameter in parameters}
 
 
@@ -63,6 +63,14 @@ def unet_plan(config: Mapping[str, Any]) -> UnetPlan:
 def _unet(parameter: str, modules: Mapping[str, Any]) -> tuple[Source, ...]:
     path, _, leaf = parameter.rpartition(".")
     return (Source(f"{modules[path].ldm}.{leaf}"),) if path in modules else ()
+
+
+_BEFORE_2023 = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # a VAE's attention, in most published ones
+
+
+def _diffusers(parameter: str) -> tuple[Source, ...]:
+    match = re.fullmatch(r"(.*\battentions\.\d+)\.(to_q|to_k|to_v|to_out\.0)\.(weight|bias)", parameter)
+    return (Source(parameter), *([Source(f"{match[1]}.{_BEFORE_2023[match[2]]}.{match[3]}")] if match else []))
 
 
 def _huggingface(parameter: str) -> tuple[Source, ...]:

@@ -15,7 +15,7 @@ from ..errors import CheckpointError, ConfigError, HCPError
 from . import vae_file
 from .ldm_names import DIFFUSERS, HUGGINGFACE
 from .single_file import SingleFile, keys_for
-from .source import MODEL_KEY, check_complete, find_part, load_or_fault, load_whole, parts_of, read_index, read_json
+from .source import MODEL_KEY, check_complete, find_part, load_or_fault, load_whole, on_this_machine, parts_of, read_index, read_json
 from .weight_file import folder_weights
 
 if TYPE_CHECKING:
@@ -189,6 +189,11 @@ def vae_outline(kind: type, source: str, base: Place, dtype: Dtype, key: str) ->
     if Path(source).is_file():
         return vae_file.vae_outline(kind, source, base, dtype, key)
     place, options = find_part(source, "vae", key)
+    if isinstance(place, str):  # whose newest commit find_part has asked for: its weights may be here already
+        there = on_this_machine(place, None) / options.get("subfolder", "")
+        weights = folder_weights(there, None, clip=False)
+        if weights and all(file.is_file() for file in weights.files):
+            place, options = there, {}
     return _outline(kind, place, dtype, key, options)
 
 

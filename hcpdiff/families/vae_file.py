@@ -46,7 +46,14 @@ def _idle(name: str) -> bool:
 
 def vae_outline(kind: type, source: str, base: Place, dtype: Dtype, key: str) -> tuple[nn.Module, Reader]:
     """The VAE as `Place.outline` gives it; ConfigError where a weight is missing, left over or of another shape."""
-    from .read_parts import outline
+    from .read_parts import Reader, outline
 
     weights, names, style, config = open_vae(source, base, key)
-    return outline(kind, config, style, weights, names, dtype, f"{key}: {source}")
+    module, reader = outline(kind, config, style, weights, names, dtype, f"{key}: {source}")
+
+    def read(*args) -> None:
+        reader.read(*args)
+        weights.release()
+
+    weights.release()  # of a .ckpt; shapes stay
+    return module, Reader(read, reader.file)

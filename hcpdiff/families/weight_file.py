@@ -130,7 +130,8 @@ class PickleFile(WeightFile):
         return {}
 
     def tensor(self, name: str, scratch: "Scratch | None" = None) -> "Tensor":
-        """One tensor, mapped from the file; it needs no scratch."""
+        """One tensor, mapped from the file; it needs no scratch. CheckpointError where the file is another than when it was looked at first."""
+        check_same(self.path, self._stamp, self._now())
         return self._state[name]
 
     def release(self) -> None:

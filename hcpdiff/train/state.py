@@ -62,6 +62,8 @@ def restore(trainer: Trainer, trainables: Sequence, state: Mapping[str, Any], po
                 t.adapters[path].up.copy_(tensors["up"])
     try:
         trainer.optimizer.load_state_dict(_own_options(state["optimizer"], trainer, options))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # optimizers of other packages raise what a wrong value makes of them
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{where}: train.optimizer cannot take the saved state of its own ({why}).") from error

@@ -3,11 +3,11 @@
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from ..data.hashes import Content, HashMemo, look, settled
+from ..data.hashes import Content, HashMemo, Look
 from ..families.base import Models, fingerprint, form_of
 from ..families.read_parts import CPU
 
-_MEMO = "vaes-1.bin"
+_MEMO = "vaes-1.bin"  # another number once a file's names or values are read as other ones, which the form does not tell
 
 
 class VaeMark:
@@ -25,9 +25,9 @@ class VaeMark:
             self._made.set_result(known.hex())
             self._memo = None
             return
-        before = look(file) if self._memo else None
+        before = Look(file) if self._memo else None
         models.read("vae", CPU)
-        self._state = settled(before, look(file)) if self._memo else None
+        self._state = before.settled() if before else None
         pool = ThreadPoolExecutor(1, thread_name_prefix="hcpdiff-mark")
         self._made = pool.submit(fingerprint, models.vae, models.vae.state_dict())  # of now: it may be moved meanwhile
         pool.shutdown(wait=False)
