@@ -144,11 +144,11 @@ def test_captions_of_skipped_images_are_not_told_as_unused(tmp_path):
 
 
 def test_a_caption_whose_name_is_misspelt_is_shown_beside_its_image(tmp_path):
-    folder_of(tmp_path / "i", {"green_kite.png": (40, 30), "red_kite.png": (40, 30), "IMG_0001.png": (40, 30)})
-    for name in ("grene_kite", "img-0001", "something", "red_kite"):
+    folder_of(tmp_path / "i", {name: (40, 30) for name in ("green_kite.png", "red_kite.png", "IMG_0001.png", "pic_1.png", "image_0001.png")})
+    for name in ("grene_kite", "img-0001", "something", "red_kite", "pci_1", "image_0002"):
         (tmp_path / "i" / f"{name}.txt").write_text("a caption", "utf-8")
     found, faults = read(source(tmp_path / "i", caption_file=str(tmp_path / "i")))
-    assert not faults and [line for line in found.notices if "nearly" in line] == ["2 of them nearly match: 'IMG_0001.png' ~ 'img-0001', 'green_kite.png' ~ 'grene_kite'"]
+    assert not faults and [line for line in found.notices if "nearly" in line] == ["3 of them nearly match: 'IMG_0001.png' ~ 'img-0001', 'green_kite.png' ~ 'grene_kite', 'pic_1.png' ~ 'pci_1'"]
 
 
 def test_a_bad_image_is_the_only_fault_where_its_caption_is_the_only_one(tmp_path):

@@ -17,7 +17,7 @@ from .files import list_below, read_caption
 
 TEXT_ENDINGS = (".txt", ".caption")
 TABLE_ENDINGS = (".json", ".jsonl", ".yaml", ".yml")
-_COMPARED, _CLOSE = 10_000, 0.85  # pairs of names that are looked at for misspelt ones; how alike they have to be (1: equal)
+_COMPARED, _CLOSE = 10_000, 0.75  # pairs of names that are looked at for misspelt ones; how alike they have to be (1: equal)
 
 
 @dataclass
@@ -178,6 +178,10 @@ def _loose(name: str) -> str:
     return base.casefold().replace(" ", "").replace("_", "").replace("-", "").lstrip("0") or "0"
 
 
+def _digits(name: str) -> str:
+    return "".join(filter(str.isdigit, name))
+
+
 def _match_notices(entries: dict, used: set[str], names: list[str], texts: list[str | None]) -> list[str]:
     unused = [key for key in entries if key not in used]
     missing = [number for number, text in enumerate(texts) if text is None]
@@ -187,7 +191,9 @@ def _match_notices(entries: dict, used: set[str], names: list[str], texts: list[
     found = {names[n]: loose[_loose(names[n])] for n in missing if _loose(names[n]) in loose}
     if len(missing) * len(unused) <= _COMPARED:
         for name in (names[n] for n in missing if names[n] not in found):
-            found |= {name: loose[close] for close in difflib.get_close_matches(_loose(name), loose, 1, _CLOSE)}
+            taken = set(found.values())
+            alike = [other for other, key in loose.items() if key not in taken and _digits(other) == _digits(_loose(name))]  # 0001 is not a misspelt 0002
+            found |= {name: loose[close] for close in difflib.get_close_matches(_loose(name), alike, 1, _CLOSE)}
     near = [f"{name!r} ~ {entries[key][0]!r}" for name, key in found.items()]
     notices = [f"{len(unused)} captions belong to no image: {_some([repr(entries[key][0]) for key in unused])}"]
     if near:
