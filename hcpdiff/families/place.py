@@ -15,7 +15,7 @@ from ..errors import CheckpointError, ConfigError, HCPError
 from . import vae_file
 from .ldm_names import DIFFUSERS, HUGGINGFACE
 from .single_file import SingleFile, keys_for
-from .source import MODEL_KEY, check_complete, find_part, load_or_fault, load_whole, on_this_machine, parts_of, read_index, read_json
+from .source import MODEL_KEY, check_complete, find_part, is_of_transformers, load_or_fault, load_whole, on_this_machine, parts_of, read_index, read_json
 from .weight_file import folder_weights
 
 if TYPE_CHECKING:
@@ -133,11 +133,6 @@ def file_mark(folder: Path) -> str:
                 file.seek(max(0, size - 4096) * index // 64)
                 digest.update(file.read(4096))
     return digest.hexdigest()
-
-
-def is_of_transformers(kind: type) -> bool:
-    """Whether a class is transformers', not diffusers'."""
-    return kind.__module__.startswith("transformers.")
 
 
 def options_for(kind: type, dtype: Dtype) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..checkpoint.io import Scratch
 from ..errors import ConfigError
 from .ldm_names import Source, sources
+from .source import is_of_transformers
 from .weight_file import WeightFile
 
 MOST_NAMED = 3
@@ -51,7 +52,7 @@ def outline(kind: type, config: Mapping[str, Any], style: str, weights: WeightFi
         raise ConfigError(faults[:MOST_NAMED] + ([f"{where}: … and {len(faults) - MOST_NAMED} more weights of another shape"] if len(faults) > MOST_NAMED else []))
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
-    if hasattr(kind, "config_class"):
+    if is_of_transformers(kind):
         module.config.dtype = dtype  # as the library says it of what it has loaded
 
     def read(module: nn.Module, device: torch.device, keep: Keep | None) -> None:
@@ -87,7 +88,7 @@ def empty(kind: type, config: Mapping[str, Any], where: str) -> nn.Module:
 
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
-            if hasattr(kind, "config_class"):  # transformers; a kernel that a config names is code of the hub
+            if is_of_transformers(kind):  # a kernel that a config names is code of the hub
                 return kind._from_config(kind.config_class.from_dict(dict(config)), attn_implementation="sdpa")
             return kind.from_config(dict(config))
     except Exception as error:  # constructors raise what a wrong value makes of them; the user needs the place

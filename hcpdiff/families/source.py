@@ -247,6 +247,11 @@ def shards_of(index: Path) -> list[str]:
     return names
 
 
+def is_of_transformers(kind: type) -> bool:
+    """Whether a class is transformers', not diffusers'."""
+    return kind.__module__.startswith("transformers.")
+
+
 def load_whole(kind: type, place: Path | str, key: str, options: dict):
     """`kind.from_pretrained(place)`, refused where the files do not hold every weight (the libraries would draw random ones)."""
     module, info = load_or_fault(kind, place, key, {**options, "output_loading_info": True})
